@@ -1,0 +1,319 @@
+"""The job specification: what a person writes, frozen and validated; and the states of a job.
+
+A specification is a nested mapping (YAML or JSON). Each section is one dataclass below; a field's
+comment is its meaning. An unknown key, a wrong type or a value out of range is a `SpecError` that
+names the field, the value and what would do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from moegen.errors import SpecError
+
+
+_T = typing.TypeVar("_T")
+
+
+class JobState(StrEnum):
+    """A job's life: queued -> running -> one of the other three; failed and cancelled jobs can be resumed."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+def _require(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise SpecError(f"{name}: {value!r} cannot be used; {remedy}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Who asked. Neither field changes the answers."""
+
+    name: str = ""  # for people
+    key: str = ""  # names the work, never the attempt; the service takes it from the URL
+
+
+@dataclass(frozen=True)
+class Input:
+    """The table to read."""
+
+    uri: str | tuple[str, ...]  # file, glob, folder or a list of them; any fsspec scheme
+    format: Literal["auto", "parquet", "arrow", "csv", "jsonl"] = "auto"  # auto: by the file name's ending
+    columns: tuple[str, ...] | None = None  # the input columns carried to the output; None: all
+    id_column: str | None = None  # checked to exist; the row's ordinal is the key when there is none
+    limit: int | None = None  # only the first rows
+
+    def __post_init__(self) -> None:
+        _require(bool(self.uris) and all(self.uris), "input.uri", self.uri, "name at least one file, folder or glob")
+        _require(self.limit is None or self.limit >= 0, "input.limit", self.limit, "give 0 or more rows")
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a row becomes a prompt: exactly one of the first four."""
+
+    column: str | None = None  # raw text
+    messages_column: str | None = None  # chat messages: a list of {role, content}, or that list as JSON text
+    template: str | None = None  # text with {column} places; {{ and }} are literal braces
+    token_ids_column: str | None = None  # ids, used as they are
+    system: str | None = None  # a system message; makes raw text and templates go through the chat template
+    chat: bool = False  # send raw text or the template through the chat template as one user message
+    on_null: Literal["skip"] = "skip"  # a row without a prompt gets status skipped_null
+    on_too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
+
+    def __post_init__(self) -> None:
+        ways = ("column", "messages_column", "template", "token_ids_column")
+        given = [way for way in ways if getattr(self, way) is not None]
+        _require(len(given) == 1, "prompt", given, f"give exactly one of {', '.join(ways)}")
+        if self.token_ids_column is not None:
+            _require(not self.chat and self.system is None, "prompt.token_ids_column", self.token_ids_column,
+                     "ids are used as they are: leave out prompt.chat and prompt.system")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """The checkpoint folder (config.json, tokenizer.json, *.safetensors)."""
+
+    uri: str
+    revision: str | None = None  # recorded in the manifest; part of the fingerprint
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint says
+
+    def __post_init__(self) -> None:
+        _require(bool(self.uri), "model.uri", self.uri, "name a checkpoint folder")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; vLLM's names and order (penalty, temperature, min_p, top_k, top_p)."""
+
+    max_tokens: int  # at most this many generated tokens
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and answer; 1: none
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+    ignore_eos: bool = False  # go on past the model's end tokens
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, ok, remedy in (
+            ("max_tokens", self.max_tokens >= 1, "give 1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "give 0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "give a value in (0, 1]"),
+            ("top_k", self.top_k >= 0, "give 0 (all) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "give a value in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "give a value above 0"),
+            ("stop", all(self.stop), "a stop string cannot be empty"),
+            ("stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids are 0 or more"),
+            ("seed", 0 <= self.seed < 1 << 63, "give 0 up to 2**63 - 1"),
+        ):
+            _require(ok, f"sampling.{name}", getattr(self, name), remedy)
+
+    def override(self, values: typing.Mapping[str, Any]) -> Sampling:
+        """These parameters with a row's own on top; null means "as the job says".
+
+        Raises:
+            SpecError: an unknown name, a wrong type or a value out of range.
+        """
+        own = {name: value for name, value in values.items() if value is not None}
+        return from_mapping(Sampling, {**dataclasses.asdict(self), **own}, "sampling")
+
+
+@dataclass(frozen=True)
+class JobSampling(Sampling):
+    """The job's parameters, and where rows may bring their own."""
+
+    params_column: str | None = None  # a struct, map or JSON text of overrides per row
+    param_columns: tuple[str, ...] = ()  # same-named columns of overrides, e.g. [max_tokens, seed]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {f.name for f in dataclasses.fields(Sampling)}
+        for name in self.param_columns:
+            _require(name in known, "sampling.param_columns", name, f"name some of {', '.join(sorted(known))}")
+
+    @property
+    def params(self) -> Sampling:
+        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
+
+
+@dataclass(frozen=True)
+class Output:
+    """The table to write."""
+
+    uri: str  # a folder; parts, manifest and _SUCCESS go there
+    format: Literal["parquet", "arrow"] = "parquet"
+    rows_per_part: int = 16_384
+    prefix: str = ""  # put before every output column's name, where names collide with the input's
+    include: tuple[str, ...] = ()  # extra columns: token_ids, prompt_rendered
+    on_length: Literal["null", "keep"] = "null"  # whether `output` holds an answer that was cut at max_tokens
+    mode: Literal["create", "new_run"] = "create"  # create: resume what is there; new_run: remove it first
+
+    def __post_init__(self) -> None:
+        _require(bool(self.uri), "output.uri", self.uri, "name a folder")
+        _require(self.rows_per_part >= 1, "output.rows_per_part", self.rows_per_part, "give 1 or more")
+        for name in self.include:
+            _require(name in ("token_ids", "prompt_rendered"), "output.include", name,
+                     "choose from token_ids, prompt_rendered")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanOverrides:
+    """Batch sizes fixed by hand; None leaves the choice to the planner."""
+
+    attention_tokens: int | None = None  # tokens per attention micro-batch
+    expert_tokens: int | None = None  # tokens per expert chunk
+    pass_tokens: int | None = None  # tokens per pass: every decode token and the prefill that fits
+    page_tokens: int | None = None  # tokens per KV page
+    kv_pages: int | None = None  # pages in the pool
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            _require(value is None or value >= 1, f"engine.plan.{item.name}", value, "give 1 or more")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where to run."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    host_memory: str | None = None  # how much host memory the engine may use, as in 12GiB; None: what is free
+    plan: PlanOverrides = field(default_factory=PlanOverrides)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job: a table in, a table out."""
+
+    input: Input
+    prompt: Prompt
+    model: Model
+    sampling: JobSampling
+    output: Output
+    job: Job = field(default_factory=Job)
+    engine: Engine = field(default_factory=Engine)
+
+    @classmethod
+    def from_mapping(cls, mapping: typing.Mapping[str, Any]) -> JobSpec:
+        """Raises `SpecError` when `mapping` is not a complete and valid specification."""
+        return from_mapping(cls, mapping, "")
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: typing.Iterable[str] = ()) -> JobSpec:
+        """A YAML or JSON file, with `a.b=c` overrides on top (each c is read as YAML)."""
+        import yaml
+
+        try:
+            mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(f"{path}: cannot be read: {error.strerror}; name a YAML or JSON job file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path}: not valid YAML or JSON: {error}") from error
+        _require(isinstance(mapping, dict), str(path), mapping, "a job file is a mapping of sections")
+        for override in overrides:
+            _set(mapping, override)
+        return cls.from_mapping(mapping)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The plain form: `from_mapping` of it (also after a trip through JSON) gives an equal specification."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Canonical: sorted keys, no spaces, so that equal specifications are equal strings."""
+        return json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
+
+
+def _set(mapping: dict[str, Any], override: str) -> None:
+    import yaml
+
+    path, equals, text = override.partition("=")
+    _require(bool(equals and path), "--set", override, "write --set section.field=value")
+    *parents, last = path.strip().split(".")
+    node = mapping
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        _require(isinstance(node, dict), "--set", override, f"{parent} is not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
+
+
+def from_mapping(cls: type[_T], mapping: object, path: str) -> _T:
+    """A dataclass from a mapping, strictly: unknown keys, missing keys and wrong types are errors."""
+    where = path or "the specification"
+    if not isinstance(mapping, typing.Mapping):
+        raise SpecError(f"{where}: {mapping!r} is not a mapping; write its fields as keys")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(fields))}"
+            raise SpecError(f"{_join(path, str(key))}: unknown key; {hint}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, item in fields.items():
+        if name in mapping:
+            values[name] = _convert(hints[name], mapping[name], _join(path, name))
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise SpecError(f"{_join(path, name)}: missing; it has no default")
+    return cls(**values)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_mapping(hint, value if value is not None else {}, path)
+    if origin is Literal:
+        _require(value in args, path, value, f"choose from {', '.join(map(repr, args))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [option for option in args if option is not type(None)]
+        if len(options) == 2 and isinstance(value, (list, tuple)):  # str | tuple[str, ...]
+            return _convert(options[1], value, path)
+        return _convert(options[0], value, path)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            value = [value]  # one item may be written without brackets
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    _require(matches, path, value, f"give {_ARTICLES.get(hint, hint.__name__)}")
+    return value
+
+
+_ARTICLES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

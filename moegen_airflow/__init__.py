@@ -1,0 +1,3 @@
+"""Airflow provider for moegen."""
+
+__version__ = "0.1.0"
