@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from moegen.errors import SpecError
 
-
 _T = typing.TypeVar("_T")
 
 

@@ -1,0 +1,299 @@
+"""The `moegen` command.
+
+Exit codes: 0 complete, 64 bad specification or argument, 65 input unreadable or changed, 69 storage, 75 interrupted
+(the same command goes on), 70 internal. Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import moegen
+from moegen.errors import Interrupted, MoegenError, SpecError
+from moegen.job.progress import Progress
+from moegen.job.status import RunnerStatus
+from moegen.job.stop import StopRequest
+from moegen.spec import JobSpec
+from moegen.spec import _set as set_field
+from moegen.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from moegen.table.manifest import Manifest
+
+_STATUS_EVERY_S = 0.5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        args = _parser().parse_args(arguments)
+    except SpecError as error:
+        print(f"moegen: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        return int(args.command(args) or 0)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for the interpreter's own flush at exit
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return _failed(args, error)
+
+
+def _failed(args: argparse.Namespace, error: BaseException) -> int:
+    code = Interrupted.exit_code if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 70)
+    if args.debug and code == MoegenError.exit_code:
+        traceback.print_exception(error)
+    hint = "" if args.debug or code != MoegenError.exit_code else " (--debug shows where)"
+    print(f"moegen: {_one_line(error)}{hint}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": {"exit_code": code, "message": _one_line(error)}}))
+    return int(code)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    name = "" if isinstance(error, MoegenError) else f"internal error: {type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> None:
+    stopping = StopRequest()
+    stopping.on_signals()
+    if args.stop_on_stdin_eof:
+        stopping.on_stdin_eof()
+    with _StatusFile(args.status_file) as status:
+        manifest = _run_job(args, stopping, status)
+        status.succeed(manifest)
+    print(json.dumps(manifest.to_mapping()) if args.json else _summary(manifest, args.job))
+
+
+def _run_job(args: argparse.Namespace, stopping: StopRequest, status: _StatusFile) -> Manifest:
+    spec = JobSpec.read(args.job, args.set)
+    from moegen.display import display
+    from moegen.job.device_lock import device_lock
+    from moegen.job.worker import run_job
+
+    device: AbstractContextManager[None] | None = None
+    if args.device_lock is not None:
+        device = device_lock(args.device_lock, stopping)
+    with display() as shown:
+        return run_job(spec, report=_both(shown.show, status.show), stopping=stopping, device=device)
+
+
+def _both(*reports: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        for each in reports:
+            each(progress)
+
+    return report
+
+
+class _StatusFile:
+    """Keeps `--status-file` up to date; without one it does nothing. An error on the way out is recorded."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._progress: Progress | None = None
+        self._written_at = 0.0
+
+    def __enter__(self) -> _StatusFile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._write(error=_one_line(error))
+
+    def show(self, progress: Progress) -> None:
+        now = time.monotonic()
+        new_stage = self._progress is None or self._progress.stage != progress.stage
+        self._progress = progress
+        if new_stage or now - self._written_at >= _STATUS_EVERY_S:
+            self._written_at = now
+            self._write()
+
+    def succeed(self, manifest: Manifest) -> None:
+        self._write(manifest=manifest.to_mapping())
+
+    def _write(self, **ending: Any) -> None:
+        if self._path is not None:
+            progress = None if self._progress is None else self._progress.to_mapping()
+            RunnerStatus(progress, **ending).write(self._path)
+
+
+def _summary(manifest: Manifest, job: str) -> str:
+    counts = ", ".join(f"{count} {status}" for status, count in manifest.statuses.items()) or "none"
+    resumed = f" ({manifest.resumed_rows} were there already)" if manifest.resumed_rows else ""
+    return (
+        f"{job}: {manifest.rows} rows{resumed}: {counts}\n"
+        f"{manifest.prompt_tokens} prompt tokens, {manifest.completion_tokens} generated tokens; "
+        f"this run: {format_duration(manifest.seconds)}, {manifest.rows_per_s:.1f} rows/s, "
+        f"{manifest.tokens_per_s:.1f} generated tokens/s"
+    )
+
+
+# --- plan, probe, inspect -------------------------------------------------------------------------------------------
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from moegen.plan.explain import explain
+    from moegen.plan.machine import Machine
+    from moegen.plan.search import choose_plan
+    from moegen.shape import ModelShape
+
+    spec = _planned_spec(args)
+    shape = ModelShape.read(spec.model.uri)
+    machine = Machine.detect(spec.engine.device)
+    plan = choose_plan(shape, machine, spec.engine, spec.model.dtype)
+    print(json.dumps(plan.to_mapping()) if args.json else explain(shape, machine, plan))
+
+
+def _planned_spec(args: argparse.Namespace) -> JobSpec:
+    if (args.job is None) == (args.model is None):
+        raise SpecError("moegen plan: give a job file or --model URI, one of them")
+    if args.job is not None:
+        return JobSpec.read(args.job, args.set)
+    unused: dict[str, Any] = {"input": {"uri": "-"}, "prompt": {"column": "-"}, "output": {"uri": "-"}}
+    mapping = {**unused, "sampling": {"max_tokens": 1}, "model": {"uri": args.model}}
+    for override in args.set:
+        set_field(mapping, override)
+    return JobSpec.from_mapping(mapping)
+
+
+def _probe(args: argparse.Namespace) -> None:
+    from moegen.run.probe import probe
+
+    machine = probe(args.device)
+    machine.save()
+    print(json.dumps(asdict(machine), indent=None if args.json else 2))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from moegen.table.inspect import Inspection, inspect_output
+
+    found: Inspection = inspect_output(args.uri, args.rows)
+    print(json.dumps(asdict(found), default=str) if args.json else _described(found))
+
+
+def _described(found: Any) -> str:
+    state = "complete" if found.success else "not complete (no _SUCCESS)"
+    counts = ", ".join(f"{count} {status}" for status, count in found.totals.statuses.items()) or "no rows"
+    lines = [f"{found.uri}: {state}, {found.totals.rows} rows in {found.parts} parts: {counts}"]
+    if (manifest := found.manifest) is not None:
+        size = sum(part.size_bytes for part in manifest.parts)
+        lines.append(f"job {manifest.job_key}, fingerprint {manifest.fingerprint[:16]}, {format_bytes(size)}")
+        lines.append(f"{manifest.prompt_tokens} prompt tokens, {manifest.completion_tokens} generated tokens")
+    lines += ["", *(json.dumps(row, ensure_ascii=False, default=str) for row in found.rows)]
+    for code, examples in found.errors.items():
+        lines += ["", f"{code}:", *(f"  row {row.row_index} ({row.status}): {row.message}" for row in examples)]
+    return "\n".join(lines)
+
+
+# --- serve ----------------------------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from moegen.job.allowed import AllowedUris
+    from moegen.service import ServiceConfig, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    serve(
+        ServiceConfig(
+            state_dir=args.state_dir.expanduser(),
+            host=args.host,
+            port=args.port,
+            token=_token(args.token_file),
+            allowed=AllowedUris(tuple(args.allow_input), tuple(args.allow_output), tuple(args.allow_model)),
+        )
+    )
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return os.environ.get("MOEGEN_TOKEN") or None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--token-file: {str(path)!r} cannot be read: {error}") from error
+    if not token:
+        raise SpecError(f"--token-file: {str(path)!r} is empty; put the token in it")
+    return token
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moegen", description="Tables of prompts through Mixture-of-Experts models.")
+    parser.add_argument("--version", action="version", version=f"moegen {moegen.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "run a job, or what is left of it")
+    run.add_argument("job", metavar="JOB.yaml")
+    _add_set(run)
+    run.add_argument("--status-file", type=Path, metavar="F", help="keep progress, error and manifest in this file")
+    run.add_argument("--stop-on-stdin-eof", action="store_true", help="stop in order when standard input ends")
+    run.add_argument("--device-lock", type=Path, metavar="F", help="wait for this file's lock before the model loads")
+
+    plan = _command(commands, "plan", _plan, "show memory need and batch sizes; runs nothing")
+    plan.add_argument("job", metavar="JOB.yaml", nargs="?")
+    plan.add_argument("--model", metavar="URI", help="a checkpoint folder, instead of a job")
+    _add_set(plan)
+
+    probe = _command(commands, "probe", _probe, "measure this machine, for better plans")
+    probe.add_argument("--device", default="auto")
+
+    inspect = _command(commands, "inspect", _inspect, "look into an output folder")
+    inspect.add_argument("uri", metavar="OUTPUT_URI")
+    inspect.add_argument("--rows", type=int, default=5, metavar="N", help="how many rows to show (default 5)")
+
+    serve = _command(commands, "serve", _serve, "run the job service (docs/http-api.md)")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8765, help="0: any free port (default 8765)")
+    serve.add_argument("--state-dir", type=Path, default=Path("~/.local/state/moegen"), metavar="DIR")
+    serve.add_argument("--token-file", type=Path, metavar="F", help="the bearer token; or set MOEGEN_TOKEN")
+    for kind in ("input", "output", "model"):
+        serve.add_argument(
+            f"--allow-{kind}", action="append", default=[], metavar="PREFIX",
+            help=f"jobs may name {kind} URIs below this only; repeatable; default: any",
+        )  # fmt: skip
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument("--debug", action="store_true", help="show where an internal error happened")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="override one field of the specification; repeatable",
+    )

@@ -1,0 +1,110 @@
+"""How far a job is, and how fast it goes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from moegen.row import RowResult
+
+_WINDOW_S = 120.0  # rates are over this much of the past: rows end in bursts, a pass at a time
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The `progress` of the HTTP API. Rows and statuses count the whole table, rows of earlier runs included."""
+
+    stage: str = "starting"  # starting, loading, running, finishing
+    rows_done: int = 0
+    rows_total: int = 0
+    rows_committed: int = 0  # in parts: what a crash cannot take
+    rows_per_s: float = 0.0
+    tokens_per_s: float = 0.0  # generated tokens
+    eta_s: float | None = None  # seconds left, once there is a rate
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    statuses: Mapping[str, int] = field(default_factory=dict)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Meter:
+    """Counts rows and tokens, and reports.
+
+    Args:
+        report: called with every new `Progress`, at every pass of the engine.
+        now: a clock in seconds.
+    """
+
+    def __init__(self, report: Callable[[Progress], None], now: Callable[[], float] = time.monotonic) -> None:
+        self._report, self._now = report, now
+        self._stage = "starting"
+        self._total = self._done = self._committed = 0
+        self._prompt_tokens = self._completion_tokens = self._generated = 0
+        self._statuses: dict[str, int] = {}
+        self._samples: deque[tuple[float, int, int]] = deque()  # time, rows done, tokens generated
+
+    def resume(self, rows_total: int, statuses: Mapping[str, int], prompt_tokens: int, completion_tokens: int) -> None:
+        """The table has `rows_total` rows; the other counts are those of its committed parts."""
+        self._total, self._statuses = rows_total, dict(statuses)
+        self._done = self._committed = sum(statuses.values())
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, completion_tokens
+
+    def enter(self, stage: str) -> None:
+        """The job is now `stage`; rates begin with `running`."""
+        self._stage = stage
+        if stage == "running":
+            self._samples.append((self._now(), self._done, self._generated))
+        self.report()
+
+    def add_row(self, result: RowResult) -> None:
+        """One more row has its result."""
+        self._done += 1
+        self._prompt_tokens += result.prompt_tokens or 0
+        self._completion_tokens += result.completion_tokens or 0
+        self._statuses[result.status.value] = self._statuses.get(result.status.value, 0) + 1
+
+    def add_committed(self, rows: int) -> None:
+        """A part of `rows` rows is on storage."""
+        self._committed += rows
+
+    def add_pass(self, generated_tokens: int) -> None:
+        """The engine made a pass; reports."""
+        self._generated += generated_tokens
+        self._samples.append((self._now(), self._done, self._generated))
+        while len(self._samples) > 2 and self._samples[1][0] < self._samples[-1][0] - _WINDOW_S:
+            self._samples.popleft()
+        self.report()
+
+    def report(self) -> None:
+        """Tell how far the job is."""
+        self._report(self.progress())
+
+    def progress(self) -> Progress:
+        """How far the job is now."""
+        rows_per_s, tokens_per_s = self._rates()
+        left = self._total - self._done
+        return Progress(
+            stage=self._stage,
+            rows_done=self._done,
+            rows_total=self._total,
+            rows_committed=self._committed,
+            rows_per_s=round(rows_per_s, 3),
+            tokens_per_s=round(tokens_per_s, 3),
+            eta_s=round(left / rows_per_s, 1) if rows_per_s else None,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            statuses=dict(sorted(self._statuses.items())),
+        )
+
+    def _rates(self) -> tuple[float, float]:
+        """Rows and generated tokens per second over the window."""
+        if not self._samples:
+            return 0.0, 0.0
+        (then, rows, tokens), (now, rows_now, tokens_now) = self._samples[0], self._samples[-1]
+        seconds = now - then
+        return ((rows_now - rows) / seconds, (tokens_now - tokens) / seconds) if seconds else (0.0, 0.0)

@@ -1,0 +1,40 @@
+"""Where keys and values live: per layer, one tensor of pages for keys and one for values."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moegen.ops.kv_pages import LayerPages
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one layer keeps per token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def elements_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+class KVPool:
+    """Pages of every layer, under whatever names the layer. A page id means the same tokens in each of them."""
+
+    def __init__(
+        self, shapes: Mapping[Hashable, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layers = {
+            layer: LayerPages(
+                torch.zeros(pages, shape.kv_heads, page_tokens, shape.key_dim, dtype=dtype, device=device),
+                torch.zeros(pages, shape.kv_heads, page_tokens, shape.value_dim, dtype=dtype, device=device),
+            )
+            for layer, shape in shapes.items()
+        }
+        self.page_tokens = page_tokens
+        self.bytes_per_token = sum(shape.elements_per_token for shape in shapes.values()) * dtype.itemsize

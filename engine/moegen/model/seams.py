@@ -1,0 +1,99 @@
+"""The two seams through which the engine enters a transformers model: attention and experts.
+
+transformers looks up both functions by name in its registries. Ours do no mathematics of their own beyond
+`moegen.ops`; what they need of the pass comes as the keyword argument `moegen`, which transformers models hand through
+to the attention function. Any argument that the engine does not know is refused: it would change the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moegen.errors import UnsupportedModel
+from moegen.ops.attention import AttentionRule
+from moegen.ops.experts import grouped_experts
+from moegen.schedule.step import AttentionBatch
+
+_NAME = "moegen"
+# How transformers' constructors are told to use the engine's functions.
+SEAMS: dict[str, Any] = {"attn_implementation": _NAME, "experts_implementation": _NAME}
+
+# Arguments that carry nothing beyond what the engine keeps itself: causality, positions, caching, reporting.
+_HARMLESS = frozenset(
+    {"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position", "past_key_values",
+     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
+)  # fmt: skip
+
+
+class PassContext(Protocol):
+    """What a pass gives to its layers."""
+
+    @property
+    def batches(self) -> tuple[AttentionBatch, ...]:
+        """The attention micro-batches, in the order in which they must run."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of the pass."""
+        ...
+
+    def within(self, batch: AttentionBatch) -> PassContext:
+        """The same pass, for an attention stage that brings only this micro-batch."""
+        ...
+
+    def attend(
+        self, layer: nn.Module, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor,
+        rule: AttentionRule,
+    ) -> torch.Tensor:  # fmt: skip
+        """Keeps the new keys and values of `layer` and answers the queries: `[T, H, value_dim]`."""
+        ...
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, H, T, D]
+    key: torch.Tensor,  # [1, G, T, D]
+    value: torch.Tensor,  # [1, G, T, value_dim]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    moegen: PassContext | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface over the engine's pages -> (`[1, T, H, value_dim]`, None).
+
+    Raises:
+        UnsupportedModel: the layer asks for something that the engine does not keep exact.
+    """
+    layer = type(module).__name__
+    if moegen is None:
+        raise UnsupportedModel(f"{layer}: does not hand the pass through to its attention function")
+    if attention_mask is not None:
+        raise UnsupportedModel(f"{layer}: builds an attention mask of its own (a sparse indexer, or a prefix mask)")
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        raise UnsupportedModel(f"{layer}: attention that is not causal")
+    for name, option in options.items():
+        if option is not None and name not in _HARMLESS:
+            raise UnsupportedModel(f"{layer}: attention argument {name!r} is unknown to the engine")
+    rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, s_aux, softcap)
+    query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return moegen.attend(module, query_THD, key_TGD, value_TGD, rule)[None], None
+
+
+def experts(
+    module: nn.Module, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """transformers' experts interface over `grouped_experts`; the chunk size is set on the module by the host."""
+    return grouped_experts(module, hidden_TD, expert_ids_TK, weights_TK, expert_tokens=module.moegen_expert_tokens)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
+ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)

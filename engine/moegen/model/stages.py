@@ -1,0 +1,64 @@
+"""The plain pre-norm decoder layer as two stages, so that attention and experts have batch sizes of their own.
+
+    h = h + self_attn(input_layernorm(h))            attention stage: in micro-batches
+    h = h + mlp(post_attention_layernorm(h))         expert stage: every token of the pass
+
+`StagedLayer` takes a layer's place in the model. Whether a family's layers are of this shape is not guessed from their
+attributes: `moegen.model.certify` compares the staged model with transformers' own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moegen.model.seams import PassContext
+
+_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+def has_plain_parts(layer: nn.Module) -> bool:
+    return all(isinstance(getattr(layer, part, None), nn.Module) for part in _PARTS)
+
+
+class StagedLayer(nn.Module):
+    """Runs `layer` stage by stage; the keyword argument `moegen` is the pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of its layers (`attention_type`, `layer_type`, ...) is the layer's to answer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_1TD: torch.Tensor, *, moegen: PassContext, **kwargs: Any) -> torch.Tensor:
+        layer = self.layer
+        after_1TD = torch.empty_like(hidden_1TD)
+        for batch in moegen.batches:
+            own = slice(batch.first, batch.first + batch.length)
+            x_1tD = hidden_1TD[:, own]
+            narrowed = {name: _narrow(value, own, moegen.tokens) for name, value in kwargs.items()}
+            attended = layer.self_attn(
+                hidden_states=layer.input_layernorm(x_1tD), moegen=moegen.within(batch), **narrowed
+            )
+            after_1TD[:, own] = x_1tD + _first(attended)
+        return after_1TD + _first(layer.mlp(layer.post_attention_layernorm(after_1TD)))
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _narrow(value: Any, own: slice, tokens: int) -> Any:
+    """Per-token arguments (`[1, T, ...]`: positions, rotary embeddings) cut to the micro-batch."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_narrow(item, own, tokens) for item in value)
+    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == tokens:
+        return value[:, own]
+    return value

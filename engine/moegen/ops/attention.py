@@ -1,0 +1,132 @@
+"""Attention over paged keys and values: causal, grouped heads, sliding window, sinks, soft cap.
+
+Shape suffixes: T tokens of the batch, H query heads, G KV heads, R = H / G query heads per KV head, L keys, D head dim.
+
+`paged_attention` is the one entry. On a CPU, decode spans (one query) go to a compiled kernel that reads the pages in
+place; everything else gathers a sequence's pages and uses torch. The torch way alone is the oracle of the kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from moegen.ops.decode_kernel import DecodeSpans, decode_attention, kernel_reads
+from moegen.ops.kv_pages import LayerPages
+from moegen.schedule.step import AttentionBatch, Span
+
+# The fp32 score matrix of one sequence is cut by query rows so that it stays near this size.
+_SCORE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How scores become weights, as the model's attention module states it."""
+
+    scaling: float
+    sliding_window: int | None = None  # a query sees itself and the `sliding_window - 1` tokens before it
+    sinks_H: torch.Tensor | None = None  # a learned logit per head that takes part in the softmax with no value
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+
+    def first_key(self, query: int, page_tokens: int) -> int:
+        """The first token of the earliest page that a query at position `query` can see."""
+        if self.sliding_window is None:
+            return 0
+        return max(query - self.sliding_window + 1, 0) // page_tokens * page_tokens
+
+
+def paged_attention(
+    query_THD: torch.Tensor,
+    pages: LayerPages,
+    batch: AttentionBatch,
+    rule: AttentionRule,
+    *,
+    use_kernel: bool = True,
+) -> torch.Tensor:
+    """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`."""
+    out_THD = query_THD.new_empty(*query_THD.shape[:2], pages.values_PGCD.shape[-1])
+    rest = batch.spans
+    if use_kernel and kernel_reads(query_THD, pages.keys_PGCD):
+        decode = [span for span in batch.spans if span.length == 1]
+        rest = tuple(span for span in batch.spans if span.length > 1)
+        if decode:
+            decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, DecodeSpans.of(decode), rule, out_THD)
+    for span in rest:
+        own = slice(span.first, span.first + span.length)
+        out_THD[own] = _span_attention(query_THD[own], pages, span, rule)
+    return out_THD
+
+
+def _span_attention(query_THD: torch.Tensor, pages: LayerPages, span: Span, rule: AttentionRule) -> torch.Tensor:
+    position = span.kv_length - span.length  # of the span's first query
+    first = rule.first_key(position, pages.page_tokens)
+    keys_GLD, values_GLD = pages.gather(span, first)
+    keys_GLD, values_GLD = keys_GLD.to(query_THD), values_GLD.to(query_THD)
+    plain = rule.sinks_H is None and rule.softcap is None
+    if plain and span.length == span.kv_length and (rule.sliding_window or span.length) >= span.length:
+        return _sdpa(query_THD, keys_GLD, values_GLD, rule.scaling, None)
+    heads, length = query_THD.shape[1], keys_GLD.shape[1]
+    rows = max(1, _SCORE_ELEMENTS // (heads * length))
+    outs = []
+    for start in range(0, span.length, rows):
+        query_RHD = query_THD[start : start + rows]
+        mask_TL = _visible(position + start - first, query_RHD.shape[0], length, rule.sliding_window, query_THD.device)
+        if plain:
+            outs.append(_sdpa(query_RHD, keys_GLD, values_GLD, rule.scaling, mask_TL))
+        else:
+            outs.append(_softmax_attention(query_RHD, keys_GLD, values_GLD, rule, mask_TL))
+    return torch.cat(outs)
+
+
+def _visible(position: int, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """`[T, L]` bool: which keys (positions 0 .. L - 1) the queries at `position ..` may see."""
+    query_T1 = torch.arange(position, position + queries, device=device)[:, None]
+    key_L = torch.arange(keys, device=device)
+    mask_TL = key_L <= query_T1
+    return mask_TL if window is None else mask_TL & (key_L > query_T1 - window)
+
+
+def _sdpa(
+    query_THD: torch.Tensor,
+    keys_GLD: torch.Tensor,
+    values_GLD: torch.Tensor,
+    scaling: float,
+    mask_TL: torch.Tensor | None,
+) -> torch.Tensor:
+    group = query_THD.shape[1] // keys_GLD.shape[0]
+    # Repeating K and V costs little beside the scores of a prefill chunk; enable_gqa is far slower on CPUs.
+    keys_HLD, values_HLD = (x.repeat_interleave(group, 0) if group > 1 else x for x in (keys_GLD, values_GLD))
+    out_1HTD = F.scaled_dot_product_attention(
+        query_THD.transpose(0, 1)[None],
+        keys_HLD[None],
+        values_HLD[None],
+        attn_mask=mask_TL,
+        is_causal=mask_TL is None,
+        scale=scaling,
+    )
+    return out_1HTD[0].transpose(0, 1)
+
+
+def _softmax_attention(
+    query_THD: torch.Tensor,
+    keys_GLD: torch.Tensor,
+    values_GLD: torch.Tensor,
+    rule: AttentionRule,
+    mask_TL: torch.Tensor,
+) -> torch.Tensor:
+    """The written-out softmax, for what `scaled_dot_product_attention` has no argument for."""
+    tokens, heads, _ = query_THD.shape
+    kv_heads, length, _ = keys_GLD.shape
+    query_GND = query_THD.transpose(0, 1).reshape(kv_heads, -1, query_THD.shape[-1])  # N = R * T
+    scores_HTL = (query_GND.float() @ keys_GLD.float().transpose(1, 2)).view(heads, tokens, length) * rule.scaling
+    if rule.softcap is not None:
+        scores_HTL = rule.softcap * torch.tanh(scores_HTL / rule.softcap)
+    scores_HTL = scores_HTL.masked_fill(~mask_TL, float("-inf"))
+    if rule.sinks_H is not None:
+        sinks_HT1 = rule.sinks_H.float().view(heads, 1, 1).expand(heads, tokens, 1)
+        scores_HTL = torch.cat([scores_HTL, sinks_HT1], dim=-1)
+    weights_HTL = scores_HTL.softmax(dim=-1)[..., :length]
+    out_GND = weights_HTL.view(kv_heads, -1, length) @ values_GLD.float()
+    return out_GND.view(heads, tokens, -1).transpose(0, 1).to(query_THD.dtype)

@@ -1,0 +1,159 @@
+"""Whether the engine is exact for a model: found out by running it, not by a list of names.
+
+The model's own config is shrunk to a tiny geometry that keeps every feature (layer kinds, windows, rotary scaling,
+routing rules), given random float32 weights, and run both ways: transformers' own forward, one sequence at a time, and
+the engine's passes, which mix chunked prefill and decode of ragged sequences over small pages, with preemption. Equal
+in two stages: the model runs staged. Equal through the seams only: its layers run whole. Neither: it is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from moegen.errors import UnsupportedModel
+from moegen.memory.kv_pool import KVPool
+from moegen.model.host import ModelHost
+from moegen.model.seams import SEAMS
+from moegen.model.tiny import tiny_config
+from moegen.run.forward import forward
+from moegen.schedule.pages import PageLedger
+from moegen.schedule.scheduler import Scheduler
+from moegen.schedule.sequence import Request
+from moegen.spec import Sampling
+
+Way = Literal["staged", "seams"]
+_WAYS: tuple[Way, ...] = ("staged", "seams")
+
+TOLERANCE = 1e-4  # of the largest logit; float32 rounding is about 1e-6
+_PROMPTS, _ANSWERS = (1, 9, 3, 17, 6, 12), (14, 3, 9, 5, 12, 1)  # tokens of the probe sequences
+_PAGE_TOKENS, _PAGES, _PASS_TOKENS, _ATTENTION_TOKENS, _EXPERT_TOKENS = 4, 15, 11, 5, 7
+
+
+def certify(config: PreTrainedConfig) -> Way:
+    """How the engine may run models of this config.
+
+    Raises:
+        UnsupportedModel: naming the layer or the reason.
+    """
+    family = config.model_type
+    try:
+        tiny = tiny_config(config)
+        reference = _random_model(tiny)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{family}: no tiny model of it can be built, so its passes cannot be proven exact ({_brief(error)})"
+        ) from error
+    reasons = []
+    expected: list[torch.Tensor] | None = None
+    for way in _WAYS:
+        try:
+            host = _engine_model(tiny, reference, staged=way == "staged")
+        except Exception as error:
+            reasons.append(f"{way}: {_brief(error)}")
+            continue
+        _require_attention_everywhere(host, family)
+        try:
+            expected = expected or _expected_logits(reference)
+            difference = _difference(host, expected)
+        except Exception as error:
+            reasons.append(f"{way}: {_brief(error)}")
+            continue
+        if difference <= TOLERANCE:
+            return way
+        reasons.append(f"{way}: logits differ by {difference:.1e} of the largest")
+    mixers = ", ".join(_mixer_names(reference))
+    raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({'; '.join(reasons)})")
+
+
+def _brief(error: Exception) -> str:
+    first_line = str(error).splitlines()[0] if str(error) else ""
+    return first_line[:200] if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {first_line[:160]}"
+
+
+def _require_attention_everywhere(host: ModelHost, family: str) -> None:
+    """Every decoder layer must mix tokens through the attention seam: anything else it keeps would be lost."""
+    lists = [module for module in host.model.modules() if isinstance(module, nn.ModuleList)]
+    decoder = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+    for layer in decoder:
+        if host.kv_shapes.keys().isdisjoint(layer.modules()):
+            mixers = ", ".join(_mixer_names(layer)) or type(layer).__name__
+            raise UnsupportedModel(f"{family}: layer type {mixers} keeps state beside attention's keys and values")
+
+
+def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Weights large enough that every path matters: fan-in scaled matrices, perturbed vectors and buffers."""
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(20)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * (1.0 if "embed" in name else 2.0 / math.sqrt(parameter.shape[-1])))
+            else:
+                parameter.add_(noise * 0.2)
+    return model  # type: ignore[no-any-return]
+
+
+def _probe_sequences(vocabulary: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    lengths = [p + a for p, a in zip(_PROMPTS, _ANSWERS, strict=True)]
+    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.inference_mode()
+def _expected_logits(model: PreTrainedModel) -> list[torch.Tensor]:
+    """`[L, V]` of each probe sequence, alone, with no cache."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return [
+        model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] for tokens in _probe_sequences(vocabulary)
+    ]
+
+
+def _engine_model(config: PreTrainedConfig, reference: PreTrainedModel, *, staged: bool) -> ModelHost:
+    own = copy.deepcopy(config)  # from_config writes the seams' names into it, and the reference must not see them
+    model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, **SEAMS)
+    model.load_state_dict(reference.state_dict())
+    return ModelHost(model, staged=staged, expert_tokens=_EXPERT_TOKENS)
+
+
+def _difference(host: ModelHost, expected: list[torch.Tensor]) -> float:
+    """The largest difference between expected logits and those of the engine's passes, relative to the largest."""
+    pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, torch.float32, torch.device("cpu"))
+    sequences = _probe_sequences(expected[0].shape[-1])
+    requests = (
+        Request(row, tuple(tokens[:prompt]), Sampling(max_tokens=len(tokens) - prompt + 1))
+        for row, (tokens, prompt) in enumerate(zip(sequences, _PROMPTS, strict=True))
+    )
+    scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS)
+    worst, scale = 0.0, max(float(logits.abs().max()) for logits in expected)
+    while (step := scheduler.next_step()) is not None:
+        logits = forward(host, pool, step, _ATTENTION_TOKENS, keep=torch.arange(step.tokens))
+        first = 0
+        for chunk in step.chunks:
+            wanted = expected[chunk.sequence.request.row_index][chunk.start : chunk.start + chunk.length]
+            difference = float((logits[first : first + chunk.length] - wanted).abs().max())
+            worst = max(worst, difference if math.isfinite(difference) else math.inf)
+            first += chunk.length
+            chunk.sequence.computed += chunk.length
+        for sequence in step.sampled:
+            truth = sequences[sequence.request.row_index]
+            if len(sequence.tokens) == len(truth):
+                scheduler.end(sequence)
+            else:
+                sequence.tokens.append(truth[len(sequence.tokens)])
+    return worst / scale
+
+
+def _mixer_names(model: nn.Module) -> list[str]:
+    """Class names of what mixes tokens in this module, for the message of a refusal."""
+    words = ("attention", "mixer", "mamba", "conv", "indexer", "deltanet", "delta")
+    names = {type(module).__name__ for module in model.modules()}
+    return sorted(n for n in names if any(word in n.lower() for word in words) and "norm" not in n.lower())

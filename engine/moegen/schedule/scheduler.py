@@ -1,0 +1,107 @@
+"""Admission: which tokens make the next pass.
+
+Invariants:
+- Every running sequence that is decoding is in every pass; prefill fills what is left of `pass_tokens`.
+- A sequence is admitted only with pages for all its tokens; it grows page by page while it decodes.
+- When no page is free the youngest sequence is preempted: its pages go back, its tokens stay, and it is
+  computed again later. Sampling depends on (seed, row, position) alone, so its answer does not change.
+- The oldest sequence is never preempted for another, and no sequence is admitted that could outgrow the whole
+  pool: so the oldest always ends, and admission cannot livelock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from moegen.row import RowError, Status
+from moegen.schedule.pages import PageLedger
+from moegen.schedule.sequence import Finished, Request, Sequence
+from moegen.schedule.step import Chunk, Step
+
+
+class Scheduler:
+    """Turns a stream of requests into passes.
+
+    Call `next_step` for a pass, run it, append the sampled tokens to its sequences, `end` those that are done, and
+    repeat until it returns None. `refused` collects rows that can never fit.
+    """
+
+    def __init__(self, requests: Iterable[Request], ledger: PageLedger, pass_tokens: int) -> None:
+        self.ledger = ledger
+        self.pass_tokens = pass_tokens
+        self.running: list[Sequence] = []  # oldest first
+        self.refused: list[Finished] = []
+        self._waiting: deque[Sequence] = deque()  # preempted, or pulled but not yet admitted
+        self._requests: Iterator[Request] = iter(requests)
+        self._pulled = 0
+
+    def next_step(self) -> Step | None:
+        """The next pass, or None when every request has ended (rows newly refused may remain in `refused`)."""
+        self._grow_running()
+        chunks, room = [], self.pass_tokens
+        for sequence in sorted(self.running, key=lambda s: s.pending > 1):  # decode first; stable: oldest first
+            length = min(sequence.pending, room)
+            if length:
+                chunks.append(Chunk(sequence, sequence.computed, length))
+                room -= length
+        while room > 0 and (sequence := self._admit()) is not None:
+            length = min(sequence.pending, room)
+            chunks.append(Chunk(sequence, 0, length))
+            room -= length
+        return Step(chunks, self.ledger.page_tokens) if chunks else None
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence is done: its pages are free at once."""
+        self.running.remove(sequence)
+        self.ledger.give_back(sequence.pages)
+
+    def _grow_running(self) -> None:
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            if self.ledger.grow(sequence.pages, len(sequence.tokens)):
+                index += 1
+            else:
+                self._preempt(self.running[-1])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.ledger.give_back(sequence.pages)
+        sequence.computed = 0
+        self._waiting.appendleft(sequence)
+
+    def _admit(self) -> Sequence | None:
+        """Moves the next sequence from waiting to running if its pages are free, with a page of growth for each."""
+        if len(self.running) >= self.pass_tokens or not (self._waiting or self._pull()):
+            return None
+        sequence = self._waiting[0]
+        needed = self.ledger.pages_for(len(sequence.tokens))
+        if self.running and self.ledger.free < needed + len(self.running):
+            return None
+        if not self.ledger.grow(sequence.pages, len(sequence.tokens)):
+            return None
+        self._waiting.popleft()
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.order)
+        return sequence
+
+    def _pull(self) -> bool:
+        """Draws requests until one can fit; those that never will are refused with a status."""
+        for request in self._requests:
+            tokens = len(request.token_ids) + request.params.max_tokens
+            if tokens <= self.ledger.capacity_tokens:
+                self._waiting.append(Sequence(request, self._pulled, list(request.token_ids)))
+                self._pulled += 1
+                return True
+            self.refused.append(_never_fits(request, tokens, self.ledger.capacity_tokens))
+        return False
+
+
+def _never_fits(request: Request, tokens: int, capacity_tokens: int) -> Finished:
+    message = (
+        f"prompt and max_tokens need {tokens} tokens of KV and the pool holds {capacity_tokens}; "
+        "lower max_tokens or give the engine more memory"
+    )
+    error = RowError("kv_pool_too_small", message, "admit", retryable=True)
+    return Finished(request.row_index, Status.TOO_LONG, len(request.token_ids), error=error)

@@ -1,0 +1,105 @@
+"""A step: the tokens of one pass, flat, and how attention cuts them into micro-batches. Ids only, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moegen.schedule.sequence import Sequence
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `length` uncomputed tokens of one sequence."""
+
+    sequence: Sequence
+    start: int  # position of the first of them in the sequence
+    length: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the sequence's next token can be sampled after this pass."""
+        return self.start + self.length == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence inside an attention micro-batch."""
+
+    first: int  # index of the first token in the micro-batch
+    length: int
+    kv_length: int  # tokens of the sequence up to and including the last of this span
+    pages: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Tokens `first .. first + length` of the pass, with the pages that their attention reads and writes.
+
+    A span's keys and values are written before any query of the batch is answered, and batches run in order, so a
+    prefill chunk may be cut anywhere.
+    """
+
+    first: int
+    length: int
+    spans: tuple[Span, ...]
+    write_pages: Ints  # [length] page of each token
+    write_slots: Ints  # [length] its place in that page
+
+
+class Step:
+    """The flat token batch of one pass: T tokens of many sequences, no padding.
+
+    Attributes:
+        token_ids, positions: `[T]`.
+        last_tokens: `[S]`, the indices whose logits become the next token of `sampled[s]`.
+    """
+
+    def __init__(self, chunks: list[Chunk], page_tokens: int) -> None:
+        self.chunks = chunks
+        self.page_tokens = page_tokens
+        self.token_ids = np.array(
+            [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]], dtype=np.int64
+        )
+        self.positions = np.concatenate([np.arange(c.start, c.start + c.length, dtype=np.int64) for c in chunks])
+        ends = np.cumsum([c.length for c in chunks])
+        self.sampled = [c.sequence for c in chunks if c.completes]
+        self.last_tokens: Ints = np.array([e - 1 for c, e in zip(chunks, ends, strict=True) if c.completes], np.int64)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def decode_tokens(self) -> int:
+        return sum(c.length == 1 and c.completes and c.start >= c.sequence.prompt_tokens for c in self.chunks)
+
+    def attention_batches(self, attention_tokens: int) -> Iterator[AttentionBatch]:
+        """Cuts the pass into micro-batches of at most `attention_tokens` tokens."""
+        spans: list[Span] = []
+        first = filled = 0
+        for chunk in self.chunks:
+            done = 0
+            while done < chunk.length:
+                take = min(chunk.length - done, attention_tokens - filled)
+                spans.append(Span(filled, take, chunk.start + done + take, chunk.sequence.pages))
+                done, filled = done + take, filled + take
+                if filled == attention_tokens:
+                    yield self._batch(first, filled, spans)
+                    first, filled, spans = first + filled, 0, []
+        if spans:
+            yield self._batch(first, filled, spans)
+
+    def _batch(self, first: int, length: int, spans: list[Span]) -> AttentionBatch:
+        positions = self.positions[first : first + length]
+        page_index, slots = np.divmod(positions, self.page_tokens)
+        pages = np.empty(length, np.int64)
+        for span in spans:
+            own = slice(span.first, span.first + span.length)
+            pages[own] = np.asarray(span.pages)[page_index[own]] if span.length > 1 else span.pages[page_index[own][0]]
+        return AttentionBatch(first, length, tuple(spans), pages, slots)

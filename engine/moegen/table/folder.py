@@ -1,0 +1,140 @@
+"""The output folder: the parts that are there, and the one way in which another comes to be."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from moegen.errors import InputError, SpecError, StorageError
+from moegen.spec import Output
+from moegen.storage import check_writable, describe, join, list_names, put_create, remove
+from moegen.table.manifest import MANIFEST_NAME, SUCCESS_NAME, read_manifest
+from moegen.table.part import Footer, PartInfo, Totals, encode, is_part_name, part_name, read_footer, unwritable_column
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A committed part and what its footer counts."""
+
+    info: PartInfo
+    totals: Totals
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder of one piece of work: `rows` rows under `fingerprint`, in parts of `spec.rows_per_part`.
+
+    Part k holds the rows [k * rows_per_part, (k + 1) * rows_per_part). Files that are not moegen's are left alone.
+    """
+
+    spec: Output
+    rows: int
+    fingerprint: str
+    job_key: str
+
+    @property
+    def part_count(self) -> int:
+        """At least one: a table without rows still has its schema."""
+        return max(1, -(-self.rows // self.spec.rows_per_part))
+
+    def rows_of(self, index: int) -> range:
+        """The rows that belong to a part."""
+        size = self.spec.rows_per_part
+        return range(index * size, min((index + 1) * size, self.rows))
+
+    def parts_of(self, first_row: int, rows: int) -> range:
+        """The parts that some rows touch."""
+        size = self.spec.rows_per_part
+        return range(first_row // size, -(-(first_row + rows) // size))
+
+    def clear(self) -> None:
+        """Removes every part, the manifest and `_SUCCESS`, whatever work they are of."""
+        names = list_names(self.spec.uri)
+        for name in [SUCCESS_NAME, MANIFEST_NAME, *filter(is_part_name, names)]:  # the proof goes first
+            if name in names:
+                remove(self._uri(name))
+
+    def stored_parts(self) -> dict[int, StoredPart]:
+        """Part index -> part, for the parts that earlier runs of this work committed.
+
+        Raises:
+            SpecError: the folder holds other work.
+            StorageError: storage refused, or a part contradicts its name.
+        """
+        names = list_names(self.spec.uri)
+        own = {self._name(index): index for index in range(self.part_count)}
+        for name in filter(is_part_name, names):
+            if name not in own:
+                raise self._other_work(name)
+        digests = self._known_digests()
+        return {own[name]: self._stored(own[name], digests.get(name)) for name in names if name in own}
+
+    def prepare(self, schema: pa.Schema) -> None:
+        """Finds out before the first row, not at the first part, whether the rest can be written.
+
+        Raises:
+            SpecError: the format cannot hold a column.
+            StorageError: storage refused.
+        """
+        try:
+            self._encode(0, pa.Table.from_batches([], schema), Totals())
+        except InputError as error:
+            raise SpecError(f"output.format: {error}") from error
+        check_writable(self.spec.uri)
+        remove(self._uri(SUCCESS_NAME))  # a part that it vouched for is gone
+
+    def commit(self, index: int, table: pa.Table, totals: Totals) -> StoredPart:
+        """Stores a part by one create-only PUT; when another attempt was faster, what that one stored counts.
+
+        Raises:
+            InputError: the format cannot hold a column's value.
+            StorageError: storage refused.
+        """
+        data = self._encode(index, table, totals)
+        if not put_create(self._uri(self._name(index)), data):
+            return self._stored(index, None)
+        digest = hashlib.sha256(data).hexdigest()
+        return StoredPart(PartInfo(self._name(index), table.num_rows, len(data), digest), totals)
+
+    def _name(self, index: int) -> str:
+        return part_name(index, self.fingerprint, self.spec.format)
+
+    def _uri(self, name: str) -> str:
+        return join(self.spec.uri, name)
+
+    def _encode(self, index: int, table: pa.Table, totals: Totals) -> bytes:
+        footer = Footer(self.job_key, self.fingerprint, index, self.spec.prefix, totals)
+        try:
+            return encode(table, footer, self.spec.format)
+        except pa.ArrowException as error:
+            column = unwritable_column(table, footer, self.spec.format)
+            raise InputError(
+                f"{self.spec.format} cannot hold column {column!r}: {error};"
+                " leave it out with input.columns, or use another output.format"
+            ) from error
+
+    def _known_digests(self) -> dict[str, str | None]:
+        manifest = read_manifest(self.spec.uri)
+        if manifest is None:
+            return {}
+        if manifest.fingerprint != self.fingerprint:
+            raise self._other_work(MANIFEST_NAME)
+        return {part.name: part.sha256 for part in manifest.parts}
+
+    def _stored(self, index: int, sha256: str | None) -> StoredPart:
+        uri = self._uri(self._name(index))
+        footer = read_footer(uri)
+        if footer.fingerprint != self.fingerprint:
+            raise self._other_work(self._name(index))
+        rows, expected = footer.totals.rows, len(self.rows_of(index))
+        if rows != expected:
+            raise StorageError(f"{uri}: says {rows} rows where {expected} belong; remove it and run again")
+        return StoredPart(PartInfo(self._name(index), rows, describe(uri).size_bytes, sha256), footer.totals)
+
+    def _other_work(self, name: str) -> SpecError:
+        return SpecError(
+            f"output.uri: {self._uri(name)} belongs to other work (another input, prompt, model, sampling or output"
+            " format); use another folder, or output.mode=new_run to remove it"
+        )

@@ -1,0 +1,77 @@
+"""`_manifest.json`: the proof that every input row came out, and what the job did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moegen.errors import InputError
+from moegen.storage import join, list_names, put_replace, read_bytes
+from moegen.table.part import PartInfo
+from moegen.table.reader import InputFile
+
+MANIFEST_NAME = "_manifest.json"
+SUCCESS_NAME = "_SUCCESS"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished job. Counts cover the whole table, timings and rates the run that finished it."""
+
+    job_key: str
+    job_name: str
+    fingerprint: str
+    engine_version: str
+    model_digest: str
+    format: str  # parquet or arrow
+    rows: int
+    statuses: dict[str, int]  # rows per status
+    prompt_tokens: int
+    completion_tokens: int
+    parts: tuple[PartInfo, ...]  # in row order
+    input_files: tuple[InputFile, ...]
+    resumed_rows: int  # rows that this run found committed when it began
+    started_at: float  # Unix time in seconds
+    ended_at: float
+    seconds: float
+    rows_per_s: float  # rows that this run wrote, per second
+    tokens_per_s: float  # tokens that this run generated, per second
+
+    def to_mapping(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_mapping(), indent=2) + "\n"
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Manifest:
+        """Raises `KeyError` or `TypeError` when `mapping` is not what `to_mapping` gave."""
+        parts = tuple(PartInfo(**part) for part in mapping["parts"])
+        files = tuple(InputFile(**file) for file in mapping["input_files"])
+        return cls(**{**mapping, "parts": parts, "input_files": files})
+
+
+def read_manifest(folder: str) -> Manifest | None:
+    """The manifest of an output folder; None when there is none.
+
+    Raises:
+        InputError: the file is no manifest.
+        StorageError: storage refused.
+    """
+    if MANIFEST_NAME not in list_names(folder):
+        return None
+    uri = join(folder, MANIFEST_NAME)
+    try:
+        return Manifest.from_mapping(json.loads(read_bytes(uri)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{uri}: is not a manifest of this version: {error}; remove it or use another folder"
+        ) from error
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    """Writes the manifest and then, last of all, the empty `_SUCCESS`."""
+    put_replace(join(folder, MANIFEST_NAME), manifest.to_json().encode())
+    put_replace(join(folder, SUCCESS_NAME), b"")

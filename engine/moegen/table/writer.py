@@ -1,0 +1,183 @@
+"""The output table: results in any order become parts in input order, each committed by one create-only PUT."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+import moegen
+from moegen.errors import MoegenError
+from moegen.row import RowResult
+from moegen.spec import Output
+from moegen.table.folder import OutputFolder
+from moegen.table.manifest import Manifest, write_manifest
+from moegen.table.part import PartInfo, Totals
+from moegen.table.reader import InputFile, RowBatch
+from moegen.table.schema import output_schema, to_table
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive rows of one file, without the values that the engine has read."""
+
+    first_row: int
+    rows: int
+    carried: pa.Table
+    file: str
+
+
+class _OpenPart:
+    """The rows and results of one part until all are there."""
+
+    def __init__(self, rows: range) -> None:
+        self.rows = rows
+        self._pieces: list[_Piece] = []
+        self._unanswered: set[int] = set()
+        self._results: dict[int, RowResult] = {}
+
+    def add_batch(self, batch: RowBatch) -> range:
+        """Keeps those of the batch's rows that belong here, and says which they are."""
+        start = max(batch.first_row, self.rows.start)
+        own = range(start, min(batch.first_row + batch.rows, self.rows.stop))
+        if not self._unanswered.isdisjoint(own) or not self._results.keys().isdisjoint(own):
+            raise MoegenError(f"rows {own.start} to {own.stop - 1} were added to the writer twice")
+        offset = own.start - batch.first_row
+        self._pieces.append(_Piece(own.start, len(own), batch.carried.slice(offset, len(own)), batch.file))
+        self._unanswered.update(own)
+        return own
+
+    def add(self, result: RowResult) -> bool:
+        """Keeps the result; whether the part is complete now."""
+        if result.row_index not in self._unanswered:
+            raise _not_awaited(result)
+        self._unanswered.remove(result.row_index)
+        self._results[result.row_index] = result
+        return len(self._results) == len(self.rows)
+
+    @property
+    def results(self) -> list[RowResult]:
+        return [self._results[row] for row in self.rows]
+
+    def table(self, output: Output) -> pa.Table:
+        """The part's rows in input order; the part must be complete."""
+        pieces = sorted(self._pieces, key=lambda piece: piece.first_row)
+        files = [piece.file for piece in pieces for _ in range(piece.rows)]
+        return to_table(pa.concat_tables(piece.carried for piece in pieces), files, self.results, output)
+
+
+class TableWriter:
+    """Writes the parts of one output folder, going on from the parts that earlier runs of the same work committed.
+
+    A part appears at once, when its last result is there, under a name and with bytes that depend only on the work.
+    Memory holds the parts that are begun.
+
+    Raises:
+        SpecError: the folder holds other work, a result column collides, or the format cannot hold a column.
+        StorageError: storage refused.
+    """
+
+    schema: pa.Schema  # of the output table
+    resumed: Totals  # what was committed before this run
+
+    def __init__(self, spec: Output, input_schema: pa.Schema, total_rows: int, fingerprint: str, job_key: str) -> None:
+        self.schema = output_schema(input_schema, spec)
+        self._input_schema = input_schema
+        self._folder = OutputFolder(spec, total_rows, fingerprint, job_key)
+        if spec.mode == "new_run":
+            self._folder.clear()
+        self._stored = self._folder.stored_parts()
+        if len(self._stored) < self._folder.part_count:
+            self._folder.prepare(self.schema)
+        self._open: dict[int, _OpenPart] = {}
+        self.resumed = self.totals
+
+    @property
+    def totals(self) -> Totals:
+        """Counts over all committed parts."""
+        return sum((part.totals for part in self._stored.values()), Totals())
+
+    @property
+    def complete(self) -> bool:
+        """Whether no row remains to be answered."""
+        return self.totals.rows == self._folder.rows
+
+    def is_committed(self, first_row: int, rows: int) -> bool:
+        """Whether every part that these rows touch is stored, so that they need not be read."""
+        return all(index in self._stored for index in self._folder.parts_of(first_row, rows))
+
+    def add_batch(self, batch: RowBatch) -> list[int]:
+        """Takes the carried columns of rows to come; returns the indexes of the rows that still want a result."""
+        stop = batch.first_row + batch.rows
+        if stop > self._folder.rows:
+            raise MoegenError(f"row {stop - 1} was added to the writer of a table of {self._folder.rows} rows")
+        wanted: list[int] = []
+        for index in self._folder.parts_of(batch.first_row, batch.rows):
+            if index not in self._stored:
+                part = self._open.setdefault(index, _OpenPart(self._folder.rows_of(index)))
+                wanted.extend(part.add_batch(batch))
+        return wanted
+
+    def add(self, result: RowResult) -> PartInfo | None:
+        """Takes one row's result, in any order; the part that it completed, now committed, if it did.
+
+        Raises:
+            MoegenError: a row that was answered already, or never added.
+            InputError: a carried value that the output format cannot hold.
+            StorageError: storage refused.
+        """
+        (index,) = self._folder.parts_of(result.row_index, 1)
+        part = self._open.get(index)
+        if part is None:
+            raise _not_awaited(result)
+        if not part.add(result):
+            return None
+        self._stored[index] = self._folder.commit(index, part.table(self._folder.spec), Totals.of(part.results))
+        del self._open[index]
+        return self._stored[index].info
+
+    def finish(
+        self, *, job_name: str, model_digest: str, input_files: Sequence[InputFile], started_at: float
+    ) -> Manifest:
+        """Proves rows in = rows out, then writes the manifest and `_SUCCESS`. `started_at`: Unix time in seconds.
+
+        Raises:
+            MoegenError: rows are missing.
+            StorageError: storage refused.
+        """
+        if self._folder.rows == 0 and not self._stored:
+            empty = to_table(pa.Table.from_batches([], self._input_schema), [], [], self._folder.spec)
+            self._stored[0] = self._folder.commit(0, empty, Totals())
+        totals = self.totals
+        if totals.rows != self._folder.rows:
+            raise MoegenError(f"{self._folder.rows} rows went in, but {totals.rows} came out; no _SUCCESS was written")
+        ended_at = time.time()
+        seconds = max(ended_at - started_at, 1e-9)
+        manifest = Manifest(
+            job_key=self._folder.job_key,
+            job_name=job_name,
+            fingerprint=self._folder.fingerprint,
+            engine_version=moegen.__version__,
+            model_digest=model_digest,
+            format=self._folder.spec.format,
+            rows=totals.rows,
+            statuses=totals.statuses,
+            prompt_tokens=totals.prompt_tokens,
+            completion_tokens=totals.completion_tokens,
+            parts=tuple(self._stored[index].info for index in sorted(self._stored)),
+            input_files=tuple(input_files),
+            resumed_rows=self.resumed.rows,
+            started_at=started_at,
+            ended_at=ended_at,
+            seconds=seconds,
+            rows_per_s=(totals.rows - self.resumed.rows) / seconds,
+            tokens_per_s=(totals.completion_tokens - self.resumed.completion_tokens) / seconds,
+        )
+        write_manifest(self._folder.spec.uri, manifest)
+        return manifest
+
+
+def _not_awaited(result: RowResult) -> MoegenError:
+    return MoegenError(f"row {result.row_index} was answered twice, or before it was added to the writer")

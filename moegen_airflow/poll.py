@@ -1,0 +1,152 @@
+"""What a look at a job means: one decision for the synchronous and the deferred loop, and what its end means.
+
+Invariants:
+- A wait ends with exactly one event: a plain dict with `status` and `key`, and what that status needs.
+- Looks that found no usable answer are forgiven until `MAX_FAILURES` in a row; the job is then left running,
+  and a retry of the task attaches to it.
+- The deadline is a point on the wall clock; an answer that says "ended" counts even after it.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from moegen_airflow.exceptions import (
+    MoegenError,
+    MoegenInputError,
+    MoegenJobCancelledError,
+    MoegenJobFailedError,
+    MoegenJobNotFoundError,
+    MoegenTimeoutError,
+    MoegenTriggerEventError,
+    MoegenUnavailableError,
+)
+
+MAX_FAILURES = 5
+
+Event = dict[str, Any]
+Job = dict[str, Any]
+
+_ERRORS: dict[str, type[MoegenError]] = {
+    "failed": MoegenJobFailedError,
+    "cancelled": MoegenJobCancelledError,
+    "timeout": MoegenTimeoutError,
+    "unavailable": MoegenUnavailableError,
+    "missing": MoegenJobNotFoundError,
+    "refused": MoegenInputError,
+}
+_BAD_SPECIFICATION = 64  # the runner's exit code; resuming it could only fail again
+
+
+class JobPoll:
+    """One wait for one job. Times are seconds since the epoch; the caller does the looking and the sleeping."""
+
+    def __init__(self, key: str, end_time: float) -> None:
+        self.key = key
+        self.end_time = end_time
+        self.failures = 0
+        self._last_seen: object = None
+
+    def step(self, answer: Job | MoegenError, now: float) -> tuple[Event | None, str | None]:
+        """The event that ends the wait, or None: look again later; and a line for the log when there is news."""
+        if isinstance(answer, MoegenError):
+            return self._unanswered(answer, now), str(answer)
+        self.failures = 0
+        return self._answered(answer, now), self._news(answer, now)
+
+    def delay_s(self, poll_interval_s: float, now: float) -> float:
+        """How long to sleep: never past the deadline."""
+        return max(0.0, min(poll_interval_s, self.end_time - now))
+
+    def _answered(self, job: Job, now: float) -> Event | None:
+        match job["state"]:
+            case "succeeded":
+                return self._event("succeeded", manifest=job.get("manifest"))
+            case "failed":
+                why = job.get("error") or "no reason given"
+                return self._event("failed", f"failed: {why}", exit_code=job.get("exit_code"))
+            case "cancelled":
+                return self._event("cancelled", "was cancelled")
+        return self._deadline(now)
+
+    def _unanswered(self, error: MoegenError, now: float) -> Event | None:
+        if isinstance(error, MoegenJobNotFoundError):
+            return self._event("missing", f"is unknown to the service: {error}")
+        if not isinstance(error, MoegenUnavailableError):
+            return self._event("refused", f"cannot be watched: {error}")
+        self.failures += 1
+        if self.failures >= MAX_FAILURES:
+            return self._event("unavailable", f"could not be watched, {self.failures} polls failed in a row: {error}")
+        return self._deadline(now)
+
+    def _news(self, job: Job, now: float) -> str | None:
+        progress = job.get("progress") or {}
+        seen = (job["state"], job.get("queue_position"), progress.get("stage"), progress.get("rows_done"))
+        if seen == self._last_seen:
+            return None
+        self._last_seen = seen
+        return progress_line(job, now)
+
+    def _deadline(self, now: float) -> Event | None:
+        if now < self.end_time:
+            return None
+        return self._event("timeout", f"did not end by {_clock(self.end_time)}")
+
+    def _event(self, status: str, what: str = "", **more: Any) -> Event:
+        message = f"job {self.key} {what}" if what else ""
+        return {"status": status, "key": self.key, "message": message, **more}
+
+
+def manifest_of(event: object) -> dict[str, Any]:
+    """The manifest of a job that succeeded.
+
+    Raises:
+        MoegenError: of the class that belongs to the event's status.
+        MoegenTriggerEventError: not an event of `JobPoll`.
+    """
+    if not isinstance(event, dict) or not isinstance(event.get("status"), str) or not isinstance(event.get("key"), str):
+        raise MoegenTriggerEventError(f"{event!r} is not an event of MoegenBatchTrigger; it needs status and key")
+    status, key = event["status"], event["key"]
+    if status == "succeeded":
+        return _manifest(event)
+    if status not in _ERRORS:
+        raise MoegenTriggerEventError(f"event status {status!r} is unknown; known are succeeded, {', '.join(_ERRORS)}")
+    message = event.get("message") or f"job {key}: {status}"
+    if event.get("exit_code") == _BAD_SPECIFICATION:
+        raise MoegenInputError(message)
+    raise _ERRORS[status](message)
+
+
+def _manifest(event: Event) -> dict[str, Any]:
+    manifest = event.get("manifest")
+    if not isinstance(manifest, dict):
+        raise MoegenTriggerEventError(f"job {event['key']} succeeded, but the service gave no manifest")
+    return manifest
+
+
+def progress_line(job: Job, now: float) -> str:
+    """`1 240 000/5 000 000 rows (24.8 %) · 812 rows/s · ETA 04:37 UTC · 31 not ok`, or what comes before rows."""
+    if job["state"] == "queued":
+        return f"queued, position {job.get('queue_position', '?')}"
+    progress = job.get("progress") or {}
+    if not progress.get("rows_total"):
+        return f"{job['state']}, {progress.get('stage', 'starting')}"
+    done, total = progress["rows_done"], progress["rows_total"]
+    state = "" if job["state"] == "running" else f"{job['state']}, "
+    parts = [f"{state}{_grouped(done)}/{_grouped(total)} rows ({100 * done / total:.1f} %)"]
+    if rate := progress.get("rows_per_s"):
+        parts.append(f"{rate:.1f} rows/s")
+    if job["state"] == "running" and (eta_s := progress.get("eta_s")):
+        parts.append(f"ETA {_clock(now + eta_s)}")
+    if not_ok := sum(count for status, count in (progress.get("statuses") or {}).items() if status != "ok"):
+        parts.append(f"{_grouped(not_ok)} not ok")
+    return " · ".join(parts)
+
+
+def _grouped(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
+
+
+def _clock(time_s: float) -> str:
+    return f"{datetime.fromtimestamp(time_s, UTC):%H:%M} UTC"

@@ -1,0 +1,144 @@
+"""A real `airflow standalone` (sqlite, free ports, its own home) and its REST API."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.provider.real_service import free_port, wait_until
+
+ENDED = ("success", "failed")
+
+
+class Standalone:
+    """Starts in `with`, stops with all its processes at its end."""
+
+    def __init__(self, home: Path, dags_folder: Path, **environment: str) -> None:
+        self.home = home
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = os.environ | self._settings(dags_folder) | environment
+        self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=30)
+
+    def _settings(self, dags_folder: Path) -> dict[str, str]:
+        programs = Path(sys.executable).parent
+        return {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONWARNINGS": "ignore",
+            "AIRFLOW_HOME": str(self.home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(dags_folder),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+            "AIRFLOW__CORE__PARALLELISM": "2",
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "AIRFLOW__API__HOST": "127.0.0.1",
+            "AIRFLOW__API__PORT": str(self.port),
+            "AIRFLOW__API__WORKERS": "1",
+            "AIRFLOW__API__BASE_URL": self.url,
+            "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
+            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
+            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "2",
+            "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
+        }
+
+    def __enter__(self) -> Standalone:
+        self.home.mkdir(parents=True, exist_ok=True)
+        self._log = (self.home / "standalone.log").open("wb")
+        self._process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "airflow"), "standalone"],
+            env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            wait_until(self._healthy, "airflow standalone is healthy", timeout_s=300, interval_s=1)
+            token = httpx.get(f"{self.url}/auth/token").raise_for_status().json()["access_token"]
+            self.client.headers["Authorization"] = f"Bearer {token}"
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, number)
+                self._process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                continue
+            except ProcessLookupError:
+                break
+        self._process.wait(timeout=20)
+        self._log.close()
+
+    def _healthy(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"airflow standalone ended: {(self.home / 'standalone.log').read_text()[-3000:]}")
+        try:
+            health = self.client.get("/monitor/health").json()
+        except (httpx.HTTPError, ValueError):
+            return False
+        rooms = ("metadatabase", "scheduler", "triggerer", "dag_processor")
+        return all(health.get(room, {}).get("status") == "healthy" for room in rooms)
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self.client.get(path).raise_for_status().json()
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self.client.post(path, json=body).raise_for_status().json()
+
+    def trigger(self, dag_id: str, **conf: Any) -> str:
+        """Starts a Dag run as soon as the Dag is there; its id."""
+        wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 60)
+        return self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+
+    def run(self, dag_id: str, timeout_s: float = 120, **conf: Any) -> str:
+        """A Dag run to its end; its id. Fails unless its state is success."""
+        run_id = self.trigger(dag_id, **conf)
+        state = wait_until(lambda: self._end_of(dag_id, run_id), f"Dag run {dag_id} ends", timeout_s, 1)
+        assert state == "success", self.why(dag_id, run_id)
+        return run_id
+
+    def task(self, dag_id: str, run_id: str, task_id: str) -> dict[str, Any]:
+        return self.get(f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}")
+
+    def mark_failed(self, dag_id: str, run_id: str, task_id: str) -> None:
+        """What the button in the browser does."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}"
+        self.client.patch(path, json={"new_state": "failed"}).raise_for_status()
+
+    def clear(self, dag_id: str, run_id: str, task_id: str) -> None:
+        body = {"dry_run": False, "dag_run_id": run_id, "task_ids": [task_id], "only_failed": False}
+        self.post(f"/dags/{dag_id}/clearTaskInstances", body)
+
+    def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value") -> Any:
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}"
+        return self.get(f"{path}?deserialize=true")["value"]
+
+    def logs(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1) -> str:
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{try_number}"
+        return self.client.get(path, params={"full_content": True}, headers={"Accept": "application/json"}).text
+
+    def why(self, dag_id: str, run_id: str) -> str:
+        """States and log ends of a Dag run's tasks."""
+        tasks = self.get(f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances")["task_instances"]
+        texts = [f"{t['task_id']}: {t['state']}\n{self._log_end(dag_id, run_id, t)}" for t in tasks]
+        return "\n".join(texts)
+
+    def _log_end(self, dag_id: str, run_id: str, task: dict[str, Any]) -> str:
+        try:
+            return self.logs(dag_id, run_id, task["task_id"], max(task["try_number"], 1))[-3000:]
+        except httpx.HTTPError as error:
+            return str(error)
+
+    def _end_of(self, dag_id: str, run_id: str) -> str | None:
+        state = self.get(f"/dags/{dag_id}/dagRuns/{run_id}")["state"]
+        return state if state in ENDED else None

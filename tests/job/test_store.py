@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from moegen.errors import SpecError, StorageError
+from moegen.job import records
+from moegen.job.status import RunnerStatus
+from moegen.job.store import JobStore
+from moegen.spec import Job, JobSpec, JobState
+
+SPEC = JobSpec.from_mapping(
+    {
+        "input": {"uri": "in.parquet"},
+        "prompt": {"template": "{a} 😀"},
+        "model": {"uri": "model"},
+        "sampling": {"max_tokens": 8, "min_p": 1e-5},
+        "output": {"uri": "out"},
+    }
+)
+
+
+def test_jobs_survive_the_service(tmp_path: Path) -> None:
+    with JobStore(tmp_path) as store:
+        for number, key in enumerate(("first", "second", "third")):
+            assert store.submit(key, SPEC, owner=number, now=float(number))[1]
+        assert not store.submit("first", SPEC, owner=7, now=9.0)[1]
+        assert store.start_next(5.0) == store.get("first")
+        store.update("second", lambda record: records.cancel(record, 9, 6.0))
+    with JobStore(tmp_path) as store:
+        states = [(record.key, record.state, record.owner, record.attempts) for record in store.all()]
+        assert states == [
+            ("first", JobState.QUEUED, 7, 1),
+            ("second", JobState.CANCELLED, 1, 0),
+            ("third", JobState.QUEUED, 2, 0),
+        ]
+        assert [record.key for record in store.queue()] == ["first", "third"]
+        assert JobSpec.from_mapping(store.all()[0].spec) == replace(SPEC, job=Job(key="first"))
+
+
+def test_a_recovered_job_knows_what_its_lost_runner_did(tmp_path: Path) -> None:
+    with JobStore(tmp_path) as store:
+        store.submit("job", SPEC, 0, 1.0)
+        store.start_next(2.0)
+        RunnerStatus({"stage": "running", "rows_committed": 40}).write(store.status_file("job", 1))
+    with JobStore(tmp_path) as store:
+        (record,) = store.all()
+        assert (record.state, record.rows_committed, record.output_begun) == (JobState.QUEUED, 40, True)
+        assert store.status(record).rows_committed == 40
+        store.start_next(3.0)
+        (record,) = store.all()
+        assert store.status(record).rows_committed == 40  # until the new runner tells something itself
+        RunnerStatus({"stage": "starting", "rows_committed": 0}).write(store.status_file("job", 2))
+        assert store.status(record).rows_committed == 0
+
+
+def test_one_service_per_folder(tmp_path: Path) -> None:
+    with JobStore(tmp_path), pytest.raises(SpecError, match="another service uses"):
+        JobStore(tmp_path)
+    with JobStore(tmp_path):
+        pass
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    with JobStore(tmp_path) as store:
+        store.submit("job", SPEC, 0, 1.0)
+    (tmp_path / "jobs/job/record.json").write_text("{")
+    with pytest.raises(StorageError, match=r"jobs/job/record\.json"):
+        JobStore(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="--state-dir"):
+        JobStore(tmp_path / "file")
+
+
+def test_nothing_queued(tmp_path: Path) -> None:
+    with JobStore(tmp_path) as store:
+        assert store.start_next(1.0) is None
+        assert store.get("job") is None
