@@ -34,8 +34,8 @@ with DAG("e2e_modes", schedule=None, params=PARAMS):
     common = {"prompt_column": "text", "sampling_params": SHORT, "poll_interval": 0.5, **URIS}
     waits = MoegenBatchOperator(task_id="waits", **common)
     defers = MoegenBatchOperator(task_id="defers", deferrable=True, **common)
-    submits = MoegenBatchOperator(task_id="submits", wait_for_completion=False, **common)
-    watched = MoegenBatchSensor(task_id="watched", job_key=submits.output, poke_interval=1, timeout=120)
+    ended = "{{ ti.xcom_pull('defers')['job_key'] }}"
+    waits >> defers >> MoegenBatchSensor(task_id="watched", job_key=ended, poke_interval=1, timeout=120)
 
 with DAG("e2e_retry", schedule=None, params=PARAMS):
     DiesAfterSubmit(

@@ -100,7 +100,7 @@ class Standalone:
         wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 60)
         return self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
 
-    def run(self, dag_id: str, timeout_s: float = 120, **conf: Any) -> str:
+    def run(self, dag_id: str, timeout_s: float = 400, **conf: Any) -> str:
         """A Dag run to its end; its id. Fails unless its state is success."""
         run_id = self.trigger(dag_id, **conf)
         state = wait_until(lambda: self._end_of(dag_id, run_id), f"Dag run {dag_id} ends", timeout_s, 1)

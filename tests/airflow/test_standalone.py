@@ -7,7 +7,7 @@ import pytest
 
 from tests.provider.real_service import wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
 
 
 def only_new(service, known: set[str]) -> dict:
@@ -40,12 +40,12 @@ def test_both_modes_give_the_same(airflow, service, stage):
     conf = stage.conf(stage.table("modes", 20), "modes")
     run_id = airflow.run("e2e_modes", **conf)
     manifests = [airflow.xcom("e2e_modes", run_id, task) for task in ("waits", "defers", "watched")]
-    assert len(keys(service) - known) == 3
+    assert len(keys(service) - known) == 2
+    assert manifests[1] == manifests[2]
     for manifest in manifests:
         assert manifest["rows"] == sum(manifest["statuses"].values()) == 20
-        assert manifest["statuses"] == manifests[0]["statuses"]
-    tables = [pq.read_table(f"{conf['output_uri']}/{task}") for task in ("waits", "defers", "submits")]
-    assert tables[0] == tables[1] == tables[2]
+    tables = [pq.read_table(f"{conf['output_uri']}/{task}") for task in ("waits", "defers")]
+    assert tables[0].equals(tables[1])
     link = airflow.get(f"/dags/e2e_modes/dagRuns/{run_id}/taskInstances/defers/links")["extra_links"]["moegen job"]
     assert link == f"{service.url}/v1/jobs/{manifests[1]['job_key']}"
     assert "rows" in airflow.logs("e2e_modes", run_id, "defers")
@@ -68,11 +68,11 @@ def long_run(airflow, service, stage, mode: str) -> tuple[str, str]:
     known = keys(service)
     conf = stage.conf(stage.table(f"long_{mode}", 20_000), f"long_{mode}")
     run_id = airflow.trigger(f"e2e_{mode}", **conf)
-    wait_until(lambda: keys(service) - known, "the job is submitted", 60)
+    wait_until(lambda: keys(service) - known, "the job is submitted", 180)
     key = only_new(service, known)["key"]
     state = {"waiting": "running", "deferred": "deferred"}[mode]
-    wait_until(lambda: airflow.task(f"e2e_{mode}", run_id, "long")["state"] == state, f"the task is {state}", 60)
-    wait_until(lambda: service.job(key)["state"] == "running", "the job runs", 60)
+    wait_until(lambda: airflow.task(f"e2e_{mode}", run_id, "long")["state"] == state, f"the task is {state}", 180)
+    wait_until(lambda: service.job(key)["state"] == "running", "the job runs", 180)
     return run_id, key
 
 
@@ -83,18 +83,18 @@ def cancelled(service, key: str) -> bool:
 def test_killing_a_waiting_task_cancels_the_job(airflow, service, stage):
     run_id, key = long_run(airflow, service, stage, "waiting")
     airflow.mark_failed("e2e_waiting", run_id, "long")
-    wait_until(lambda: cancelled(service, key), "the job is cancelled", 60)
+    wait_until(lambda: cancelled(service, key), "the job is cancelled", 180)
 
 
 def test_clearing_a_deferred_task_keeps_its_job_and_killing_it_cancels(airflow, service, stage):
     run_id, key = long_run(airflow, service, stage, "deferred")
     airflow.clear("e2e_deferred", run_id, "long")
-    wait_until(lambda: service.job(key)["owner"] == 2, "the new attempt has taken the job over", 60)
-    wait_until(lambda: "on_kill" in airflow.logs("e2e_deferred", run_id, "long", 1), "the old trigger was killed", 60)
+    wait_until(lambda: service.job(key)["owner"] == 2, "the new attempt has taken the job over", 180)
+    wait_until(lambda: "on_kill" in airflow.logs("e2e_deferred", run_id, "long", 1), "the old trigger was killed", 180)
     # Airflow calls on_kill only of triggers that have begun: wait for this one's first line.
-    wait_until(lambda: "rows (" in airflow.logs("e2e_deferred", run_id, "long", 2), "the new trigger polls", 60)
-    wait_until(lambda: service.job(key)["state"] == "running", "the job runs", 60)
+    wait_until(lambda: "rows (" in airflow.logs("e2e_deferred", run_id, "long", 2), "the new trigger polls", 180)
+    wait_until(lambda: service.job(key)["state"] == "running", "the job runs", 180)
 
     airflow.mark_failed("e2e_deferred", run_id, "long")
-    wait_until(lambda: cancelled(service, key), "the job is cancelled", 60)
+    wait_until(lambda: cancelled(service, key), "the job is cancelled", 180)
     assert not (stage.folder / "out" / "long_deferred" / "long" / "_SUCCESS").exists()

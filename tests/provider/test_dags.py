@@ -1,4 +1,4 @@
-"""The example Dags: loaded as Airflow loads them, and run by `airflow dags test` against the real job service."""
+"""The example Dags: loaded as Airflow loads them, and run by `dag.test()` against the real job service."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from airflow.dag_processing.dagbag import DagBag
 
-DAGS = Path(__file__).parents[2] / "dags"
-AIRFLOW = str(Path(sys.executable).parent / "airflow")
-DAY = "2026-01-01"  # `dags test` of the same day again is the same run again
+HERE = Path(__file__).parent
+DAGS = HERE.parents[1] / "dags"
+SHARDS = {"shard-a": 5, "shard-b": 7}  # rows
 
 
 def test_the_dags_load():
@@ -26,58 +26,49 @@ def test_the_dags_load():
     assert bag.dags["moegen_shards"].get_task("answer").is_mapped
 
 
-@pytest.fixture(scope="module")
-def airflow(tmp_path_factory, real_service):
-    """Runs one `airflow` command in a home of its own; its output."""
-    home = tmp_path_factory.mktemp("airflow_home")
-    settings = {
-        "AIRFLOW_HOME": str(home),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
-        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-        "AIRFLOW_CONN_MOEGEN_DEFAULT": real_service.connection_uri,
-        "PYTHONWARNINGS": "ignore",
-    }
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [AIRFLOW, *arguments], env=os.environ | settings, timeout=240, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-4000:]
-        return done.stdout
-
-    run("db", "migrate")
-    return run
-
-
 def write_table(path: Path, rows: int) -> str:
     pq.write_table(pa.table({"text": [f"ticket {i} of {path.stem}" for i in range(rows)]}), path)
     return str(path)
 
 
-def conf(**parameters) -> tuple[str, str]:
-    return "--conf", json.dumps(parameters | {"max_tokens": 4})
-
-
-def test_one_table(airflow, real_service, checkpoint, tmp_path):
-    table = write_table(tmp_path / "table.parquet", 12)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, real_service, checkpoint) -> tuple[Path, list[dict], str]:
+    """One table, then two shards twice, the second time in reverse: output folder, new jobs, Airflow's output."""
+    folder = tmp_path_factory.mktemp("dags")
+    shards = [write_table(folder / f"{name}.parquet", rows) for name, rows in SHARDS.items()]
+    table = write_table(folder / "table.parquet", 12)
+    common = {"model_uri": str(checkpoint), "max_tokens": 4}
+    runs = [("moegen_table", common | {"input_uri": table, "output_uri": str(folder / "table")})]
+    for order in (shards, shards[::-1]):
+        runs.append(("moegen_shards", common | {"input_uris": order, "output_uri": str(folder)}))
+    settings = {
+        "AIRFLOW_HOME": str(folder / "airflow_home"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW_CONN_MOEGEN_DEFAULT": real_service.connection_uri,
+    }
     known = len(real_service.jobs())
-    output = tmp_path / "out"
-    arguments = conf(input_uri=table, model_uri=str(checkpoint), output_uri=str(output))
-    log = airflow("dags", "test", "moegen_table", DAY, *arguments)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "run_dags.py"), str(DAGS), json.dumps(runs)],
+        env=os.environ | settings, timeout=400, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder, real_service.jobs()[known:], done.stdout
+
+
+def rows_of(folder: Path) -> list[int]:
+    return pq.read_table(folder).column("row_index").to_pylist()
+
+
+def test_one_table(ran):
+    folder, jobs, log = ran
     assert "12 rows in, 12 rows out" in log
-    assert pq.read_table(output).column("row_index").to_pylist() == list(range(12))
-    assert [job["state"] for job in real_service.jobs()[known:]] == ["succeeded"]
+    assert rows_of(folder / "table") == list(range(12))
+    assert (jobs[0]["state"], jobs[0]["attempts"], jobs[0]["owner"]) == ("succeeded", 1, 1)
 
 
-def test_shards_in_another_order_recompute_nothing(airflow, real_service, checkpoint, tmp_path):
-    tables = [write_table(tmp_path / f"shard-{name}.parquet", rows) for name, rows in (("a", 5), ("b", 7), ("c", 3))]
-    known = len(real_service.jobs())
-    for order in (tables, tables[::-1]):
-        uris = {"model_uri": str(checkpoint), "output_uri": str(tmp_path / "out")}
-        airflow("dags", "test", "moegen_shards", DAY, *conf(input_uris=order, **uris))
-        jobs = real_service.jobs()[known:]
-        assert [(job["state"], job["attempts"]) for job in jobs] == [("succeeded", 1)] * 3
-        parts = {part.parent.name: pq.read_metadata(part).num_rows for part in tmp_path.glob("out/*/part-*.parquet")}
-        assert parts == {"shard-a": 5, "shard-b": 7, "shard-c": 3}
-    assert [job["owner"] for job in jobs] == [2, 2, 2]  # the second run did attach
+def test_shards_in_another_order_recompute_nothing(ran):
+    folder, jobs, _ = ran
+    assert {name: len(rows_of(folder / name)) for name in SHARDS} == SHARDS
+    assert [(job["state"], job["attempts"]) for job in jobs[1:]] == [("succeeded", 1)] * 2
+    assert [job["owner"] for job in jobs[1:]] == [2, 2]  # the second time did attach

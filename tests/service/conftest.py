@@ -20,6 +20,8 @@ from tests.tiny import tiny_checkpoint
 
 Job = dict[str, Any]
 DEADLINE_S = 120.0
+# Tiny models have no work for threads; on a busy machine they would only wait for each other.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
 class Service:
@@ -34,7 +36,7 @@ class Service:
         command = [sys.executable, "-m", "moegen", "serve", "--port", "0", "--state-dir", str(self.folder / "state")]
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen([*command, *self.arguments], stdout=log, stderr=log)
+            self.process = subprocess.Popen([*command, *self.arguments], stdout=log, stderr=log, env=ENVIRONMENT)
         told = wait_for(lambda: re.search(r"running on (http://\S+)", self.log.read_text()[offset:]), "the service")
         self.client.base_url = httpx.URL(told[1])
 
