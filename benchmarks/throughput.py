@@ -24,8 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
 from moegen.plan.machine import Machine
 from moegen.plan.plan import Plan
 from moegen.plan.search import choose_plan
@@ -35,6 +33,7 @@ from moegen.schedule.sequence import Finished, Request
 from moegen.shape import ModelShape
 from moegen.spec import Engine as EngineSpec
 from moegen.spec import Sampling
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 GEOMETRY = Qwen3MoeConfig(
     hidden_size=1024,

@@ -43,6 +43,7 @@ _FILLERS = {
     "company": "Northwind Ltd|Alder & Sons|Bluebird GmbH|Cedar Labs|Delta Foods|Eastgate Hotels|Fjord Shipping|"
     "Granite Works",
     "city": "Berlin|Lyon|Porto|Vienna|Leeds|Gdansk|Turin|Ghent|Malmo|Zurich|Dublin|Seville",
+    "city2": "Oslo|Basel|Krakow|Milan|Bruges|Cork|Paris|Graz",
     "month": "January|February|March|April|May|June|July|August|September|October|November|December",
     "weekday": "Monday|Tuesday|Wednesday|Thursday|Friday|Saturday",
 }  # fmt: skip
@@ -69,28 +70,46 @@ def templates() -> dict[str, Any]:
     return yaml.safe_load((HERE / "templates.yaml").read_text(encoding="utf-8"))
 
 
-def tickets(split: Split, seed: int) -> Iterator[Ticket]:
-    """Tickets of one split, without end."""
+def tickets(split: Split, seed: int, jumbled: bool = False) -> Iterator[Ticket]:
+    """Tickets of one split, without end; `jumbled` ones, for training, have stray words and words out of order."""
     rng = random.Random(f"{split} {seed}")
     while True:
-        yield _ticket(split, rng)
+        yield _ticket(split, rng, jumbled)
 
 
-def _ticket(split: Split, rng: random.Random) -> Ticket:
+def _ticket(split: Split, rng: random.Random, jumbled: bool) -> Ticket:
     queue = rng.choice(QUEUES)
     priority = rng.choices(PRIORITIES, _PRIORITY_WEIGHTS)[0]
     slots = {name: rng.choice(values.split("|")) for name, values in _FILLERS.items()}
-    body = [templates()["queues"][queue], *_cues(priority, rng)]
+    matter = templates()["queues"][queue]
+    body = [matter, *_cues(priority, rng)]
     body += [templates()["context"]] * rng.choices((0, 1, 2), (0.4, 0.4, 0.2))[0]
     rng.shuffle(body)
     patterns = dict.fromkeys(rng.choice(group[split]) for group in body)  # nobody writes the same sentence twice
-    parts = [" ".join(_fill(pattern, slots, rng) for pattern in patterns)]
+    sentences = [_fill(pattern, slots, rng) for pattern in patterns]
+    if jumbled:
+        stray = [_fill(rng.choice(group[split]), slots, rng) for group in (matter, templates()["context"])]
+        sentences = _jumble(sentences, stray, rng)
+    parts = [" ".join(sentences)]
     if rng.random() < 0.6:
         parts.insert(0, _fill(rng.choice(templates()["greeting"][split]), slots, rng))
     if rng.random() < 0.6:
         parts.append(_fill(rng.choice(templates()["closing"][split]), slots, rng))
     text = rng.choice((" ", "\n", "\n\n")).join(parts)
     return Ticket(_typed_by_hand(text, rng), queue, priority, slots["name"])
+
+
+def _jumble(sentences: list[str], stray: list[str], rng: random.Random) -> list[str]:
+    """Some sentences with their words shuffled, and in half of the tickets a few words of the `stray` sentences."""
+    mixed = [" ".join(_shuffled(text.split(), rng)) if rng.random() < 0.25 else text for text in sentences]
+    if rng.random() < 0.5:
+        words = _shuffled(" ".join(stray).split(), rng)[: rng.randint(3, 10)]
+        mixed.insert(rng.randint(0, len(mixed)), " ".join(words))
+    return mixed
+
+
+def _shuffled(words: list[str], rng: random.Random) -> list[str]:
+    return rng.sample(words, len(words))
 
 
 def _cues(priority: str, rng: random.Random) -> list[dict[str, list[str]]]:

@@ -102,7 +102,7 @@ def examples(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], li
     """Token ids of seen tickets and of their answers, without end."""
     rng = random.Random(SEED)
     marks = set(tokenizer.all_special_ids) | set(tokenizer.encode("user\nassistant\n"))
-    for ticket in tickets("seen", SEED + 1):
+    for ticket in tickets("seen", SEED + 1, jumbled=True):
         prompt = tokenizer.apply_chat_template(prompt_of(ticket.text), add_generation_prompt=True, return_dict=False)
         left_out = rng.uniform(0, MOST_LEFT_OUT)
         prompt = [token for token in prompt if token in marks or rng.random() >= left_out]

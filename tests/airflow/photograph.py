@@ -22,7 +22,7 @@ from tests.provider.real_service import RealService  # noqa: E402
 
 IMAGES = HERE.parents[1] / "docs" / "images"
 DAG = "moegen_table"
-SIZE = {"width": 1280, "height": 900}
+SIZE = {"width": 1280, "height": 800}
 
 
 def dag_graph(page: Page, url: str, run_id: str) -> None:

@@ -168,7 +168,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_trace_only_with_debug(job: Path, 
 def slow(job: Path) -> list[str]:
     """So many long answers, few at a time, that the job has a middle."""
     settings = (
-        "sampling.max_tokens=64",
+        "sampling.max_tokens=24",
         "sampling.ignore_eos=true",
         "engine.plan.kv_pages=12",
         "engine.plan.page_tokens=16",
@@ -186,7 +186,7 @@ def wait_for_parts(process: subprocess.Popen[str], output: Path, count: int) -> 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, "eof"])
 def test_a_stopped_run_exits_75_and_the_same_command_goes_on(tmp_path: Path, model: Path, how: object) -> None:
-    job = job_file(tmp_path, model, rows=400)
+    job = job_file(tmp_path, model, rows=120)
     command = slow(job)
     options = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
     more = ["--stop-on-stdin-eof"] if how == "eof" else []
@@ -210,13 +210,7 @@ def test_plan_and_probe(job: Path, model: Path, tmp_path: Path) -> None:
     assert "attention_tokens" in text.stdout
     plan = json.loads(moegen("plan", "--model", model, "--json", "--set", "engine.plan.page_tokens=32").stdout)
     assert plan["page_tokens"] == 32
-    environment = {
-        **os.environ,
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path),
-        "XDG_STATE_HOME": str(tmp_path),
-    }
-    machine = moegen("probe", "--device", "cpu", "--json", env=environment)
+    machine = moegen("probe", "--device", "cpu", "--json", XDG_CACHE_HOME=str(tmp_path))
     assert machine.returncode == 0, machine.stderr
     assert isinstance(json.loads(machine.stdout), dict)
 

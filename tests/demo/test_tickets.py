@@ -66,6 +66,21 @@ def test_splits_share_no_pattern():
     assert not seen & held_out
 
 
+def spellings(pattern: str) -> Iterator[set[str]]:
+    """The words of every text that a pattern's choices allow."""
+    pieces = [piece.split("|") if at % 2 else [piece] for at, piece in enumerate(re.split(r"\[([^]]+)\]", pattern))]
+    return (set(wording("".join(chosen)).split()) for chosen in itertools.product(*pieces))
+
+
+def test_no_held_out_sentence_is_nearly_a_seen_one():
+    kinds = {name: templates()[name] for name in ("queues", "priorities", "context")}
+    for group in groups(kinds):
+        seen = [words for pattern in group["seen"] for words in spellings(pattern)]
+        for pattern in group["held_out"]:
+            for words in spellings(pattern):
+                assert max(len(words & other) / len(words | other) for other in seen) < 0.7, pattern
+
+
 def test_splits_share_no_text():
     seen, held_out = ({t.text for t in itertools.islice(tickets(split, 1), 3_000)} for split in SPLITS)
     assert not seen & held_out

@@ -1,22 +1,10 @@
-"""A scratch Airflow for in-process tests; its settings must stand before the first `import airflow`."""
+"""Job services for in-process tests: a small one whose jobs the test moves by hand, and the real one."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-if "airflow" not in sys.modules:
-    AIRFLOW_HOME = tempfile.mkdtemp(prefix="moegen-airflow-home-")
-    atexit.register(shutil.rmtree, AIRFLOW_HOME, ignore_errors=True)
-    os.environ |= {"AIRFLOW_HOME": AIRFLOW_HOME, "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
 
 from tests.provider.fake_service import FakeService
 from tests.provider.real_service import RealService

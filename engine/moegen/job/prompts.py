@@ -18,7 +18,7 @@ Finder = Callable[[Row], Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class Refused(Exception):  # noqa: N818, it is an outcome
+class Refused(Exception):
     """This row has no request; it ends here with a status."""
 
     def __init__(self, status: Status, error: RowError | None, prompt_tokens: int | None = None) -> None:

@@ -21,7 +21,7 @@ MAX_BARREN_ATTEMPTS = 3  # runners lost in a row, without a part committed, befo
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class KeyConflict(MoegenError):  # noqa: N818, as its siblings in moegen.errors
+class KeyConflict(MoegenError):
     """The key belongs to another specification."""
 
 

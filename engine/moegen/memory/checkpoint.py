@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from moegen.errors import CheckpointError
 from moegen.model.seams import SEAMS
@@ -39,6 +40,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     Raises:
         CheckpointError: a tensor is missing, of another shape, or a file cannot be read.
     """
+    logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=device, use_safetensors=True, local_files_only=True,
@@ -53,4 +55,4 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
             f"{folder}: {len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}) and {len(wrong)} have "
             f"another shape ({', '.join(wrong[:3]) or 'none'}); the files do not make the model of config.json"
         )
-    return model  # type: ignore[no-any-return]
+    return model

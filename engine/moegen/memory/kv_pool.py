@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class KVPool:
     """Pages of every layer, under whatever names the layer. A page id means the same tokens in each of them."""
 
     def __init__(
-        self, shapes: Mapping[Hashable, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device
+        self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layers = {
             layer: LayerPages(

@@ -1,0 +1,1 @@
+"""A transformers model, entered at its seams."""

@@ -13,6 +13,7 @@ from moegen.model.stages import StagedLayer, has_plain_parts
 from moegen.ops.attention import AttentionRule
 from moegen.schedule.step import AttentionBatch
 
+
 class ModelHost:
     """A causal language model whose attention and experts run in the engine's functions.
 
@@ -31,7 +32,7 @@ class ModelHost:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device  # type: ignore[no-any-return]
+        return self.model.device
 
     def logits(
         self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, keep_S: torch.Tensor, context: PassContext
@@ -44,7 +45,7 @@ class ModelHost:
             logits_to_keep=keep_S.to(self.device),
             moegen=context,
         )
-        return output.logits[0]  # type: ignore[no-any-return]
+        return output.logits[0]
 
     @torch.inference_mode()
     def _trace(self) -> dict[nn.Module, KVShape]:

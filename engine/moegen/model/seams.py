@@ -89,7 +89,7 @@ def attention(
 
 
 def experts(
-    module: nn.Module, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    module: Any, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface over `grouped_experts`; the chunk size is set on the module by the host."""
     return grouped_experts(module, hidden_TD, expert_ids_TK, weights_TK, expert_tokens=module.moegen_expert_tokens)

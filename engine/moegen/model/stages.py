@@ -20,6 +20,7 @@ _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 def has_plain_parts(layer: nn.Module) -> bool:
+    """Whether the layer has the four modules of a pre-norm layer; what it does with them is for certify to say."""
     return all(isinstance(getattr(layer, part, None), nn.Module) for part in _PARTS)
 
 
@@ -38,7 +39,7 @@ class StagedLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_1TD: torch.Tensor, *, moegen: PassContext, **kwargs: Any) -> torch.Tensor:
-        layer = self.layer
+        layer: Any = self.layer
         after_1TD = torch.empty_like(hidden_1TD)
         for batch in moegen.batches:
             own = slice(batch.first, batch.first + batch.length)

@@ -8,11 +8,13 @@ cross them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
-_HEADS, _VOCABULARY, _EXPERTS, _MOST_LAYERS = 4, 97, 8, 8
+_HEADS, _VOCABULARY, _EXPERTS, _LEAST_LAYERS = 4, 97, 8, 2
 _SMALL = {  # name: largest value kept
     "intermediate_size": 48,
     "moe_intermediate_size": 32,
@@ -20,10 +22,11 @@ _SMALL = {  # name: largest value kept
     "shared_intermediate_size": 32,
     "moe_shared_expert_intermediate_size": 32,
     "dense_intermediate_size": 48,
-    "first_k_dense_replace": 1,
     "n_group": 2,
     "topk_group": 1,
     "num_experts_per_tok": 3,
+    "moe_topk": 3,
+    "moe_k": 3,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "sliding_window": 4,
@@ -34,34 +37,58 @@ _SMALL = {  # name: largest value kept
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of `config` with a tiny geometry (`config` itself is left alone)."""
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of layers that holds most of the model's parameters."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+def layers_of_every_kind(layers: nn.ModuleList) -> int:
+    """The shortest prefix of `layers` that has one of each kind, at least two layers.
+
+    Layers are of one kind when they are made of the same modules with the same plain attributes (numbers, flags,
+    names). An attribute that is another number in every layer that has it counts layers and makes no kinds.
+    """
+    facts = [dict(_facts(layer)) for layer in layers]
+    keys = {key for fact in facts for key in fact}
+    counters = {key for key in keys if _counts([fact[key] for fact in facts if key in fact])}
+    kinds = [{key: value for key, value in fact.items() if key not in counters} for fact in facts]
+    last_first = max(index for index, kind in enumerate(kinds) if kind not in kinds[:index])
+    return min(max(last_first + 1, _LEAST_LAYERS), len(layers))
+
+
+def _facts(layer: nn.Module) -> Iterator[tuple[tuple[str, str], object]]:
+    for name, module in layer.named_modules():
+        yield (name, "class"), type(module)
+        for key, value in vars(module).items():
+            if not key.startswith("_") and isinstance(value, bool | int | float | str | None):
+                yield (name, key), value
+
+
+def _counts(values: list[object]) -> bool:
+    return all(type(value) is int for value in values) and len(set(values)) == len(values)
+
+
+def tiny_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A copy of `config` with its first `layers` layers and a tiny geometry (`config` itself is left alone)."""
     tiny = copy.deepcopy(config)
     text = tiny.get_text_config()
-    layers = text.num_hidden_layers
-    values: dict[str, Any] = text.to_dict()
-    keep = _layers_to_keep(values, layers)
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) == layers:
-            setattr(text, name, value[:keep])
-        elif name in _SMALL and isinstance(value, int) and value > _SMALL[name]:
-            setattr(text, name, _SMALL[name])
-        elif name in _EXPERT_COUNTS and isinstance(value, int):
-            setattr(text, name, _EXPERTS)
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:layers])
         elif name.endswith("_token_id"):
             setattr(text, name, None)
-    text.num_hidden_layers = keep
+    for name, most in _SMALL.items():  # by attribute: a config may store it under another name
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > most:
+            setattr(text, name, most)
+    for name in _EXPERT_COUNTS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, _EXPERTS)
+    text.num_hidden_layers = layers
     text.vocab_size = _VOCABULARY
     _shrink_heads(text)
     return tiny
-
-
-def _layers_to_keep(values: dict[str, Any], layers: int) -> int:
-    """The shortest prefix of the layers that has one of each kind, at least two layers."""
-    lists = [v for v in values.values() if isinstance(v, list) and len(v) == layers]
-    kinds = [tuple(map(repr, kind)) for kind in zip(*lists, strict=True)]
-    last_first = max((kinds.index(kind) for kind in set(kinds)), default=0)
-    return min(max(last_first + 1, 2), layers, _MOST_LAYERS)
 
 
 def _shrink_heads(text: PreTrainedConfig) -> None:
@@ -72,3 +99,5 @@ def _shrink_heads(text: PreTrainedConfig) -> None:
     text.num_attention_heads = _HEADS
     if getattr(text, "num_key_value_heads", None):
         text.num_key_value_heads = _HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2
+    if getattr(text, "mamba_n_heads", None):
+        text.mamba_n_heads = text.mamba_expand * text.hidden_size // text.mamba_d_head

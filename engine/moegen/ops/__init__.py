@@ -1,0 +1,1 @@
+"""Functions of tensors: attention over pages, grouped experts, sampling."""

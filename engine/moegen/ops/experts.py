@@ -1,16 +1,17 @@
 """The expert stage: every expert, one after another, meets all tokens that were routed to it.
 
-Shape suffixes: T tokens, K experts per token, S = T * K routed pairs sorted by expert, E experts, D hidden, F expert width.
+Shape suffixes: T tokens, K experts per token, S = T * K routed pairs sorted by expert, E experts, D hidden, F expert
+width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class ExpertChunk:
 
 
 def grouped_experts(
-    module: nn.Module,
+    module: Any,
     hidden_TD: torch.Tensor,
     expert_ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -70,7 +71,7 @@ def _chunks(counts_E: list[int], expert_tokens: int) -> Iterator[ExpertChunk]:
             expert += 1
 
 
-def _expert_mlp(module: nn.Module, x_SD: torch.Tensor, ids_S: torch.Tensor, chunk: ExpertChunk) -> torch.Tensor:
+def _expert_mlp(module: Any, x_SD: torch.Tensor, ids_S: torch.Tensor, chunk: ExpertChunk) -> torch.Tensor:
     up = "gate_up_proj" if module.has_gate else "up_proj"
     hidden_SF = _grouped_linear(module, up, x_SD, ids_S, chunk)
     hidden_SF = module._apply_gate(hidden_SF) if module.has_gate else module.act_fn(hidden_SF)
@@ -79,7 +80,7 @@ def _expert_mlp(module: nn.Module, x_SD: torch.Tensor, ids_S: torch.Tensor, chun
 
 
 def _grouped_linear(
-    module: nn.Module, name: str, x_SI: torch.Tensor, ids_S: torch.Tensor, chunk: ExpertChunk
+    module: Any, name: str, x_SI: torch.Tensor, ids_S: torch.Tensor, chunk: ExpertChunk
 ) -> torch.Tensor:
     """Each expert's linear layer on its own consecutive rows, `[S, in] -> [S, out]`."""
     weight_EIO = getattr(module, name)[chunk.first : chunk.first + len(chunk.counts)]

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Rows
 import torch
 
 from moegen.schedule.sequence import Sequence
+from moegen.spec import Sampling
 
 
 def uniform(seed: int, row_index: int, position: int) -> float:
@@ -30,7 +31,7 @@ def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     if drawn:
         own = [sequences[i] for i in drawn]
         tokens[torch.tensor(drawn, device=tokens.device)] = _draw(logits_SV[drawn], own)
-    return tokens.tolist()  # type: ignore[no-any-return]
+    return tokens.tolist()
 
 
 def _penalise(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> None:
@@ -62,7 +63,7 @@ def _draw(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     return torch.searchsorted(cumulative_SV, targets_S1, right=True)[:, 0].clamp(max=logits_SV.shape[1] - 1)
 
 
-def _keep_top(probs_SV: torch.Tensor, params: list) -> torch.Tensor:  # type: ignore[type-arg]
+def _keep_top(probs_SV: torch.Tensor, params: Rows[Sampling]) -> torch.Tensor:
     """Zeroes what top_k and then top_p leave out; ties are broken by token id, lower first."""
     vocabulary = probs_SV.shape[1]
     sorted_SV, ids_SV = probs_SV.sort(dim=-1, descending=True, stable=True)

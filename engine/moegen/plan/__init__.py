@@ -1,0 +1,1 @@
+"""Every batch size and buffer, chosen before the run. No torch."""

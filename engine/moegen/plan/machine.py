@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from moegen.errors import SpecError
 
@@ -29,7 +30,7 @@ class Rates:
     d2h_bytes_per_s: float | None = None
 
     @classmethod
-    def from_mapping(cls, mapping: dict) -> Rates:  # type: ignore[type-arg]
+    def from_mapping(cls, mapping: dict[str, Any]) -> Rates:
         gemm = {d: {int(rows): f for rows, f in table.items()} for d, table in mapping["gemm_flops_per_s"].items()}
         return cls(**{**mapping, "gemm_flops_per_s": gemm})
 

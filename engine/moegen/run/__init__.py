@@ -1,0 +1,1 @@
+"""The engine: passes until every sequence is finished."""

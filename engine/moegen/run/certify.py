@@ -20,7 +20,7 @@ from moegen.errors import UnsupportedModel
 from moegen.memory.kv_pool import KVPool
 from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
-from moegen.model.tiny import tiny_config
+from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
 from moegen.run.forward import forward
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import Scheduler
@@ -42,33 +42,48 @@ def certify(config: PreTrainedConfig) -> Way:
         UnsupportedModel: naming the layer or the reason.
     """
     family = config.model_type
+    full = _full_model(config)
+    _require_fixed_rotary(full, family)
+    mixers = ", ".join(_mixer_names(full))
     try:
-        tiny = tiny_config(config)
+        tiny = tiny_config(config, layers_of_every_kind(decoder_layers(full)))
         reference = _random_model(tiny)
     except Exception as error:
         raise UnsupportedModel(
-            f"{family}: no tiny model of it can be built, so its passes cannot be proven exact ({_brief(error)})"
+            f"{family}: layers of type {mixers} cannot be proven exact: no tiny model of them can be built "
+            f"({_brief(error)})"
         ) from error
-    reasons = []
-    expected: list[torch.Tensor] | None = None
+    reasons: dict[Way, str] = {}
     for way in _WAYS:
         try:
-            host = _engine_model(tiny, reference, staged=way == "staged")
-        except Exception as error:
-            reasons.append(f"{way}: {_brief(error)}")
+            difference = _difference(_engine_model(tiny, reference, staged=way == "staged"), reference)
+        except _StateBesideAttention as error:
+            raise UnsupportedModel(f"{family}: {error}") from error
+        except UnsupportedModel as error:
+            reasons[way] = _brief(error)
             continue
-        _require_attention_everywhere(host, family)
-        try:
-            expected = expected or _expected_logits(reference)
-            difference = _difference(host, expected)
         except Exception as error:
-            reasons.append(f"{way}: {_brief(error)}")
+            reasons[way] = f"they do not run over the engine's pages: {_brief(error)}"
             continue
         if difference <= TOLERANCE:
             return way
-        reasons.append(f"{way}: logits differ by {difference:.1e} of the largest")
-    mixers = ", ".join(_mixer_names(reference))
-    raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({'; '.join(reasons)})")
+        reasons[way] = f"logits differ by {difference:.1e} of the largest"
+    raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({reasons['seams']})")
+
+
+class _StateBesideAttention(Exception):
+    """A decoder layer that does not mix tokens through the attention seam."""
+
+
+def _full_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model as it is, on the meta device: its modules, none of its weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))  # type: ignore[no-any-return]
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{config.model_type}: transformers builds no causal language model from its config.json ({_brief(error)})"
+        ) from error
 
 
 def _brief(error: Exception) -> str:
@@ -76,14 +91,24 @@ def _brief(error: Exception) -> str:
     return first_line[:200] if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {first_line[:160]}"
 
 
-def _require_attention_everywhere(host: ModelHost, family: str) -> None:
+def _require_fixed_rotary(model: PreTrainedModel, family: str) -> None:
+    """A token's rotary embedding must depend on its own position alone, and not on what else is in the pass."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", ())
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if "dynamic" in kind or kind == "longrope":
+                raise UnsupportedModel(
+                    f"{family}: layer type {type(module).__name__} with rope_type {kind!r} turns by the length of the "
+                    "longest sequence of a batch; only rotary embeddings that depend on the position alone are exact"
+                )
+
+
+def _require_attention_everywhere(host: ModelHost) -> None:
     """Every decoder layer must mix tokens through the attention seam: anything else it keeps would be lost."""
-    lists = [module for module in host.model.modules() if isinstance(module, nn.ModuleList)]
-    decoder = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-    for layer in decoder:
+    for layer in decoder_layers(host.model):
         if host.kv_shapes.keys().isdisjoint(layer.modules()):
             mixers = ", ".join(_mixer_names(layer)) or type(layer).__name__
-            raise UnsupportedModel(f"{family}: layer type {mixers} keeps state beside attention's keys and values")
+            raise _StateBesideAttention(f"layer type {mixers} keeps state beside attention's keys and values")
 
 
 def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -99,7 +124,7 @@ def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
                 parameter.copy_(noise * (1.0 if "embed" in name else 2.0 / math.sqrt(parameter.shape[-1])))
             else:
                 parameter.add_(noise * 0.2)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _probe_sequences(vocabulary: int) -> list[list[int]]:
@@ -124,8 +149,14 @@ def _engine_model(config: PreTrainedConfig, reference: PreTrainedModel, *, stage
     return ModelHost(model, staged=staged, expert_tokens=_EXPERT_TOKENS)
 
 
-def _difference(host: ModelHost, expected: list[torch.Tensor]) -> float:
-    """The largest difference between expected logits and those of the engine's passes, relative to the largest."""
+def _difference(host: ModelHost, reference: PreTrainedModel) -> float:
+    """The largest difference between the reference's logits and those of the engine's passes, relative to the largest.
+
+    Raises:
+        _StateBesideAttention: a layer keeps something that is not in the pool.
+    """
+    _require_attention_everywhere(host)
+    expected = _expected_logits(reference)
     pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, torch.float32, torch.device("cpu"))
     sequences = _probe_sequences(expected[0].shape[-1])
     requests = (
@@ -155,5 +186,6 @@ def _difference(host: ModelHost, expected: list[torch.Tensor]) -> float:
 def _mixer_names(model: nn.Module) -> list[str]:
     """Class names of what mixes tokens in this module, for the message of a refusal."""
     words = ("attention", "mixer", "mamba", "conv", "indexer", "deltanet", "delta")
-    names = {type(module).__name__ for module in model.modules()}
+    classes = {type(module) for module in model.modules()}
+    names = {c.__name__ for c in classes if not c.__module__.startswith("torch.")}
     return sorted(n for n in names if any(word in n.lower() for word in words) and "norm" not in n.lower())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +65,7 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         del self.host, self.pool
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Finished | PassReport]:
+    def generate(self, requests: Iterable[Request]) -> Generator[Finished | PassReport, None, None]:
         """Runs requests as they come from the iterator, drawn only as pages become free.
 
         Yields each row as it ends, in any order, and one report after every pass.
@@ -80,8 +80,7 @@ class Engine:
             if step is None:
                 return
             logits = forward(self.host, self.pool, step, self.plan.attention_tokens)
-            for finished in self._advance(step, sample(logits, step.sampled), texts, scheduler):
-                yield finished
+            yield from self._advance(step, sample(logits, step.sampled), texts, scheduler)
             report = PassReport(
                 step.tokens, step.decode_tokens, len(step.sampled), len(scheduler.running), time.monotonic() - started
             )

@@ -46,7 +46,7 @@ class Pass:
 def forward(
     host: ModelHost, pool: KVPool, step: Step, attention_tokens: int, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Logits `[S, V]` of `step.last_tokens` (or of the token indices `keep`); KV of every token is in the pool after."""
+    """Logits `[S, V]` of `step.last_tokens`, or of the token indices `keep`. Every token's KV is in the pool after."""
     this = Pass(tuple(step.attention_batches(attention_tokens)), step.tokens, pool)
     return host.logits(
         torch.from_numpy(step.token_ids),

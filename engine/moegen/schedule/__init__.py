@@ -1,0 +1,1 @@
+"""Which tokens make the next pass. Ids only: no tensors, no torch."""

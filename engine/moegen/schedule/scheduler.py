@@ -45,9 +45,9 @@ class Scheduler:
             if length:
                 chunks.append(Chunk(sequence, sequence.computed, length))
                 room -= length
-        while room > 0 and (sequence := self._admit()) is not None:
-            length = min(sequence.pending, room)
-            chunks.append(Chunk(sequence, 0, length))
+        while room > 0 and (admitted := self._admit()) is not None:
+            length = min(admitted.pending, room)
+            chunks.append(Chunk(admitted, 0, length))
             room -= length
         return Step(chunks, self.ledger.page_tokens) if chunks else None
 
