@@ -34,7 +34,7 @@ SEED = 7
 VOCABULARY = 2_048
 CONTEXT_TOKENS = 1_024
 READING_WEIGHT = 0.1  # of the loss on the tickets' own tokens, beside 1 for the answers': learning to read helps
-MOST_LEFT_OUT = 0.3  # up to this share of a ticket's tokens is left out, so that no single word decides
+MOST_LEFT_OUT = 0.15  # up to this share of a ticket's tokens is left out, so that no single word decides
 END, PAD = "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

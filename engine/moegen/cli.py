@@ -24,8 +24,7 @@ from moegen.errors import Interrupted, MoegenError, SpecError
 from moegen.job.progress import Progress
 from moegen.job.status import RunnerStatus
 from moegen.job.stop import StopRequest
-from moegen.spec import JobSpec
-from moegen.spec import _set as set_field
+from moegen.spec import JobSpec, set_field
 from moegen.units import format_bytes, format_duration
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ No weights are read and no torch is needed, so that a laptop can plan for a mode
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from moegen.storage import describe, join, list_names, open_input, read_bytes
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1,
                  "U8": 1, "BOOL": 1}  # fmt: skip
+_KV_PROJECTION = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.[kv]_proj\.weight")
 _EXPERT_NAMES = (".experts.", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear")
 
 
@@ -65,7 +67,7 @@ class ModelShape:
             dtype=dtype,
             weights=sum(sizes.values()),
             expert_weights=sum(n for name, n in sizes.items() if any(part in name for part in _EXPERT_NAMES)),
-            kv_per_token=_kv_per_token(text),
+            kv_per_token=_kv_per_token(text, tensors),
             latent_kv_per_token=_latent_kv_per_token(text),
         )
 
@@ -152,15 +154,27 @@ def _first(config: Any, *names: str) -> int | None:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def _kv_per_token(text: Any) -> int:
-    """Expanded heads for latent attention, grouped heads otherwise."""
+def _kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
+    """Expanded heads for latent attention, grouped heads otherwise; as stored, where each layer stores them apart.
+
+    A family may give its layers different heads by a rule that only its code knows.
+    """
     heads = text.num_attention_heads
     if getattr(text, "kv_lora_rank", None):
         return int(text.num_hidden_layers * heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
+    stored = [shape[0] for name, shape in tensors.items() if _is_kv_projection(name, text.num_hidden_layers)]
+    if len(stored) == 2 * text.num_hidden_layers:
+        return sum(stored)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     key_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     value_dim = getattr(text, "v_head_dim", None) or key_dim
     return int(text.num_hidden_layers * kv_heads * (key_dim + value_dim))
+
+
+def _is_kv_projection(name: str, layers: int) -> bool:
+    """Of a decoder layer: not of a vision tower, nor of the extra layers that predict further tokens."""
+    match = _KV_PROJECTION.fullmatch(name)
+    return match is not None and int(match[1]) < layers
 
 
 def _latent_kv_per_token(text: Any) -> int | None:

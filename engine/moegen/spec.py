@@ -217,6 +217,12 @@ class JobSpec:
     job: Job = field(default_factory=Job)
     engine: Engine = field(default_factory=Engine)
 
+    def __post_init__(self) -> None:
+        folder = self.output.uri.rstrip("/") + "/"
+        for uri in self.input.uris:
+            _require(not folder.startswith(uri.rstrip("/") + "/"), "output.uri", self.output.uri,
+                     f"it lies in the input {uri!r} and would be read as input; name another folder")  # fmt: skip
+
     @classmethod
     def from_mapping(cls, mapping: typing.Mapping[str, Any]) -> JobSpec:
         """Raises `SpecError` when `mapping` is not a complete and valid specification."""
@@ -228,14 +234,16 @@ class JobSpec:
         import yaml
 
         try:
-            mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            # YAML reads JSON's 1e-05 as text and its escaped emoji as lone surrogates.
+            mapping = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
         except OSError as error:
             raise SpecError(f"{path}: cannot be read: {error.strerror}; name a YAML or JSON job file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise SpecError(f"{path}: not valid YAML or JSON: {error}") from error
         _require(isinstance(mapping, dict), str(path), mapping, "a job file is a mapping of sections")
         for override in overrides:
-            _set(mapping, override)
+            set_field(mapping, override)
         return cls.from_mapping(mapping)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -247,7 +255,8 @@ class JobSpec:
         return json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
 
 
-def _set(mapping: dict[str, Any], override: str) -> None:
+def set_field(mapping: dict[str, Any], override: str) -> None:
+    """Applies one `a.b=c` to a plain mapping; raises `SpecError` when it is not of that form."""
     import yaml
 
     path, equals, text = override.partition("=")

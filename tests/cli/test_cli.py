@@ -207,7 +207,7 @@ def test_a_stopped_run_exits_75_and_the_same_command_goes_on(tmp_path: Path, mod
 def test_plan_and_probe(job: Path, model: Path, tmp_path: Path) -> None:
     text = moegen("plan", job)
     assert text.returncode == 0, text.stderr
-    assert "attention_tokens" in text.stdout
+    assert "2 of 4 experts per token" in text.stdout
     plan = json.loads(moegen("plan", "--model", model, "--json", "--set", "engine.plan.page_tokens=32").stdout)
     assert plan["page_tokens"] == 32
     machine = moegen("probe", "--device", "cpu", "--json", XDG_CACHE_HOME=str(tmp_path))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -30,6 +29,7 @@ _SMALL = {  # name: largest value kept
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "sliding_window": 4,
+    "sliding_window_size": 4,
     "attention_chunk_size": 5,
     "index_topk": 4,
     "index_n_heads": 2,

@@ -79,7 +79,7 @@ def _full_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model as it is, on the meta device: its modules, none of its weights."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config))  # type: ignore[no-any-return]
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except Exception as error:
         raise UnsupportedModel(
             f"{config.model_type}: transformers builds no causal language model from its config.json ({_brief(error)})"
