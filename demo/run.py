@@ -175,21 +175,24 @@ def run_dag(url: str, place: Place) -> None:
     airflow(["db", "migrate"], place, env)
     say("dag", f"{DAG_ID} starts")
     conf = json.dumps({"input_uri": str(TABLE), "output_uri": str(place.output)})
-    airflow(["dags", "test", DAG_ID, "--conf", conf], place, env, each_second=ProgressLine(url).update)
-    state = last_run_state(env)
+    date = datetime.now(UTC)
+    arguments = ["dags", "test", DAG_ID, date.isoformat(), "--conf", conf]
+    airflow(arguments, place, env, each_second=ProgressLine(url).update)
+    state = run_state(date, env)
     if state != "success":
         raise DemoError(f"the Dag run's state is {state!r}, not 'success'; see {place.log('airflow')}")
     say("dag", f"{DAG_ID} ended: {state}")
 
 
-def last_run_state(env: dict[str, str]) -> str:
-    """The state of the newest run of the Dag, from Airflow's database."""
+def run_state(date: datetime, env: dict[str, str]) -> str:
+    """The state of the Dag run with this logical date, from Airflow's database."""
     arguments = [command("airflow"), "dags", "list-runs", DAG_ID, "--output", "json"]
     listed = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=AIRFLOW_S, check=False)
-    try:
-        return max(json.loads(listed.stdout), key=lambda run: run["logical_date"])["state"]
-    except (ValueError, KeyError) as error:
-        raise DemoError(f"airflow dags list-runs gave no runs: {listed.stderr[-500:]}") from error
+    for line in listed.stdout.splitlines():
+        if line.startswith("[{"):  # log lines may come before
+            dates = {datetime.fromisoformat(run["logical_date"]): run["state"] for run in json.loads(line)}
+            return dates.get(date, "unknown")
+    raise DemoError(f"airflow dags list-runs gave no runs: {listed.stdout[-300:]} {listed.stderr[-300:]}")
 
 
 class ProgressLine:

@@ -27,7 +27,7 @@ NULL_ROWS = 12  # tickets whose text was never typed in, as in every real table
 
 QUEUES = ("billing", "delivery", "returns", "account", "technical", "sales", "privacy")
 PRIORITIES = ("low", "normal", "high", "urgent")  # rising
-_PRIORITY_WEIGHTS = (0.2, 0.35, 0.25, 0.2)
+_PRIORITY_WEIGHTS = (0.17, 0.45, 0.2, 0.18)
 
 _FILLERS = {
     "product": "headphones|coffee machine|router|office chair|monitor|keyboard|webcam|printer|tablet|desk lamp|"
@@ -83,13 +83,14 @@ def _ticket(split: Split, rng: random.Random, jumbled: bool) -> Ticket:
     slots = {name: rng.choice(values.split("|")) for name, values in _FILLERS.items()}
     matter = templates()["queues"][queue]
     body = [matter, *_cues(priority, rng)]
-    body += [templates()["context"]] * rng.choices((0, 1, 2), (0.4, 0.4, 0.2))[0]
+    body += [templates()["context"]] * rng.choices((0, 1, 2), (0.3, 0.4, 0.3))[0]
     rng.shuffle(body)
     patterns = dict.fromkeys(rng.choice(group[split]) for group in body)  # nobody writes the same sentence twice
     sentences = [_fill(pattern, slots, rng) for pattern in patterns]
     if jumbled:
-        stray = [_fill(rng.choice(group[split]), slots, rng) for group in (matter, templates()["context"])]
-        sentences = _jumble(sentences, stray, rng)
+        neutral = [_fill(rng.choice(group[split]), slots, rng) for group in (matter, templates()["context"])]
+        cues = [_fill(rng.choice(group[split]), slots, rng) for group in templates()["priorities"].values()]
+        sentences = _jumble(sentences, " ".join(neutral).split(), " ".join(cues).split(), rng)
     parts = [" ".join(sentences)]
     if rng.random() < 0.6:
         parts.insert(0, _fill(rng.choice(templates()["greeting"][split]), slots, rng))
@@ -99,12 +100,12 @@ def _ticket(split: Split, rng: random.Random, jumbled: bool) -> Ticket:
     return Ticket(_typed_by_hand(text, rng), queue, priority, slots["name"])
 
 
-def _jumble(sentences: list[str], stray: list[str], rng: random.Random) -> list[str]:
-    """Some sentences with their words shuffled, and in half of the tickets a few words of the `stray` sentences."""
+def _jumble(sentences: list[str], neutral: list[str], cues: list[str], rng: random.Random) -> list[str]:
+    """Some sentences with their words shuffled; in half of the tickets stray words, single words of cues among them."""
     mixed = [" ".join(_shuffled(text.split(), rng)) if rng.random() < 0.25 else text for text in sentences]
     if rng.random() < 0.5:
-        words = _shuffled(" ".join(stray).split(), rng)[: rng.randint(3, 10)]
-        mixed.insert(rng.randint(0, len(mixed)), " ".join(words))
+        stray = _shuffled(neutral, rng)[: rng.randint(3, 10)] + rng.sample(cues, rng.randint(0, 3))
+        mixed.insert(rng.randint(0, len(mixed)), " ".join(_shuffled(stray, rng)))
     return mixed
 
 

@@ -213,7 +213,7 @@ def report(folder: Path, split: str) -> float:
 def main() -> None:
     """Train, save, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1_200)
+    parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--rows", type=int, default=32, help="tickets per step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--out", type=Path, default=MODEL)

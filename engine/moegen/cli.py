@@ -166,7 +166,7 @@ def _planned_spec(args: argparse.Namespace) -> JobSpec:
         raise SpecError("moegen plan: give a job file or --model URI, one of them")
     if args.job is not None:
         return JobSpec.read(args.job, args.set)
-    unused: dict[str, Any] = {"input": {"uri": "-"}, "prompt": {"column": "-"}, "output": {"uri": "-"}}
+    unused: dict[str, Any] = {"input": {"uri": "-"}, "prompt": {"column": "-"}, "output": {"uri": "none"}}
     mapping = {**unused, "sampling": {"max_tokens": 1}, "model": {"uri": args.model}}
     for override in args.set:
         set_field(mapping, override)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -59,6 +60,7 @@ def run_job(
     if not writer.complete:
         meter.enter("loading")
         with device or nullcontext(), closing(ahead(_prepared(reader, writer, preparer), _BATCHES_AHEAD)) as batches:
+            os.environ.setdefault("NUMBA_NUM_THREADS", str(plan.threads))  # Numba reads it once, when it is imported
             from moegen.run.engine import Engine
 
             with Engine.open(spec.model.uri, plan, tokenizer=tokenizer) as engine:

@@ -61,7 +61,8 @@ def decode_attention(
     out_THD: torch.Tensor,
 ) -> None:
     """Writes the attention of each span's query into its row of `out_THD`."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     query = query_THD.float().contiguous()
     out = query.new_empty(len(spans.rows), query.shape[1], values_PGCD.shape[-1])
     sinks = np.empty(0, np.float32) if rule.sinks_H is None else rule.sinks_H.float().numpy()
@@ -79,6 +80,7 @@ def decode_attention(
         np.float32(rule.softcap or 0),
         out.numpy(),
     )
+    torch.set_num_threads(threads)  # Numba and torch share one OpenMP, and starting Numba's threads resets the number
     out_THD[torch.from_numpy(spans.rows)] = out.to(out_THD.dtype)
 
 

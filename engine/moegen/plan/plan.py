@@ -11,6 +11,7 @@ class Plan:
     """Sizes in tokens and bytes; memory is of the host, or of the device when the model runs there."""
 
     device: str
+    threads: int  # of the host's cores, for arithmetic
     compute_dtype: str  # the dtype of weights and activations while they are multiplied
     kv_dtype: str  # the dtype of the pages
     attention_tokens: int  # tokens per attention micro-batch

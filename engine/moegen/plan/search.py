@@ -15,6 +15,7 @@ from moegen.units import format_bytes, parse_bytes
 
 _SHARE_OF_FREE = 0.8  # of what is free, unless the job names a budget
 _BUSY_ROWS = 512  # rows per expert from which a GEMM runs near its peak rate
+_ONE_THREAD_FLOPS = 1e8  # about a millisecond of one core
 _MIN_PASS_TOKENS, _MAX_PASS_TOKENS = 2048, 16_384
 _ATTENTION_TOKENS, _EXPERT_TOKENS, _PAGE_TOKENS = 2048, 8192, 32
 _RUNTIME_BYTES = 512 << 20  # interpreter, libraries, tokenizer, tables
@@ -46,6 +47,7 @@ def choose_plan(shape: ModelShape, machine: Machine, engine: Engine, dtype: str 
         raise _too_small(machine, memory, weight_bytes, activation_bytes, needed)
     return Plan(
         device=machine.device,
+        threads=_threads(shape, machine),
         compute_dtype=compute_dtype,
         kv_dtype=model_dtype,
         attention_tokens=attention_tokens,
@@ -83,6 +85,12 @@ def _multiplies_faster_in_float32(machine: Machine, dtype: str) -> bool:
     if rows in measured.get("float32", {}) and rows in measured.get(dtype, {}):
         return measured["float32"][rows] > measured[dtype][rows]
     return dtype == "float16" or not machine.native_bf16
+
+
+def _threads(shape: ModelShape, machine: Machine) -> int:
+    """All cores, or one where a whole GEMM is over before a second thread has woken up."""
+    gemm_flops = 2 * _BUSY_ROWS * shape.hidden_size**2
+    return machine.cores if gemm_flops > _ONE_THREAD_FLOPS else 1
 
 
 def _pass_tokens(shape: ModelShape, memory: int) -> int:

@@ -67,7 +67,7 @@ def certify(config: PreTrainedConfig) -> Way:
             continue
         if difference <= TOLERANCE:
             return way
-        reasons[way] = f"logits differ by {difference:.1e} of the largest"
+        reasons[way] = f"logits differ by {difference:.0e} of the largest"
     raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({reasons['seams']})")
 
 
@@ -88,7 +88,9 @@ def _full_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _brief(error: Exception) -> str:
     first_line = str(error).splitlines()[0] if str(error) else ""
-    return first_line[:200] if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {first_line[:160]}"
+    if isinstance(error, UnsupportedModel):
+        return first_line
+    return f"{type(error).__name__}: {first_line.partition('. ')[0][:160]}"
 
 
 def _require_fixed_rotary(model: PreTrainedModel, family: str) -> None:

@@ -52,6 +52,7 @@ class Engine:
             CheckpointError: tensors are missing, damaged or of another shape.
         """
         started = time.monotonic()
+        torch.set_num_threads(plan.threads)
         way = certify(read_config(model_uri))
         with local_checkpoint(model_uri) as folder:
             model = load_model(folder, getattr(torch, plan.compute_dtype), torch.device(plan.device))
