@@ -19,29 +19,24 @@ from moegen.model.stages import StagedLayer
 from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
 from moegen.ops.attention import AttentionRule
 from moegen.ops.kv_pages import LayerPages
-from moegen.plan.plan import Plan
 from moegen.row import Status
 from moegen.run.certify import certify
 from moegen.run.engine import Engine
-from moegen.run.stats import PassReport
-from moegen.schedule.sequence import Finished, Request
+from moegen.schedule.sequence import Request
 from moegen.shape import ModelShape
 from moegen.spec import Sampling
 from transformers import AutoModelForCausalLM, GptOssConfig, PhimoeConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.families import COMMAND, DOCUMENT, default_config, document, families, judge
+from tests.engine.parts import plan, run
 
 RECURRENT = ("bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h",
              "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")  # fmt: skip
 INDEXERS = ("axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "qwen4_exp_text")
 PROMPT_LENGTHS, ANSWER_TOKENS = (1, 21, 8, 13), 7
 # Sizes unlike those of `certify`, all of which cut these sequences elsewhere.
-PLAN = Plan(
-    threads=1,
-    device="cpu", compute_dtype="float32", kv_dtype="float32", attention_tokens=8, expert_tokens=23, pass_tokens=17,
-    page_tokens=3, kv_pages=16, weight_bytes=0, kv_bytes=0, activation_bytes=0, memory_bytes=0,
-)  # fmt: skip
+PLAN = plan(attention_tokens=8, expert_tokens=23, pass_tokens=17, page_tokens=3, kv_pages=16)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +104,7 @@ def test_family_is_equal_or_refused(family: str) -> None:
     assert ModelShape.of(config, shapes).kv_per_token * 4 == engine.pool.bytes_per_token
     prompts = _prompts(config.get_text_config().vocab_size)
     requests = [Request(row, tuple(p), Sampling(max_tokens=ANSWER_TOKENS)) for row, p in enumerate(prompts)]
-    finished = {f.row_index: f for f in engine.generate(requests) if isinstance(f, Finished)}
+    finished, _ = run(engine, requests)
     for row, prompt in enumerate(prompts):
         assert finished[row].status is Status.LENGTH
         assert finished[row].token_ids == _generated(reference, prompt), f"row {row}"
@@ -141,6 +136,7 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 32.0, "original_max_position_embeddings": 4096,
     "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "short_mscale": 1.0, "long_mscale": 1.0,
 }  # fmt: skip
+SPARSE_AFTER_FULL = ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57
 
 
 @pytest.mark.parametrize(
@@ -152,12 +148,12 @@ LONGROPE = {
             "Qwen3MoeRotaryEmbedding with rope_type 'dynamic'",
         ),
         (
-            lambda: CONFIG_MAPPING["minimax_m3_vl_text"](layer_types=["full_attention"] * 3 + ["minimax_m3_sparse"] * 57),
+            lambda: CONFIG_MAPPING["minimax_m3_vl_text"](layer_types=SPARSE_AFTER_FULL),
             "MiniMaxM3VLIndexer",
         ),
     ],
-    ids=["longrope", "dynamic rope", "sparse layers after dense ones"],
-)  # fmt: skip
+    ids=["longrope", "dynamic rope", "sparse layers after full ones"],
+)
 def test_config_with_a_feature_that_depends_on_the_batch_is_refused(config, names: str) -> None:
     with pytest.raises(UnsupportedModel, match=names):
         certify(config())
@@ -250,9 +246,8 @@ def test_this_comparison_sees_a_mixed_up_page(monkeypatch: pytest.MonkeyPatch) -
     request = Request(0, tuple(prompt), Sampling(max_tokens=ANSWER_TOKENS))
 
     def answer() -> tuple[int, ...]:
-        items = list(_engine(config, reference, "staged").generate([request]))
-        assert any(isinstance(item, PassReport) for item in items)
-        return next(item for item in items if isinstance(item, Finished)).token_ids
+        finished, _ = run(_engine(config, reference, "staged"), [request])
+        return finished[0].token_ids
 
     assert answer() == _generated(reference, prompt)
     write = LayerPages.write

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -43,13 +44,19 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, use_safetensors=True, local_files_only=True,
-            output_loading_info=True, **SEAMS,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+            folder,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they come back in the report, with their names
+            output_loading_info=True,
+            **SEAMS,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
     missing = sorted(report["missing_keys"])
-    wrong = sorted(str(key) for key in report["mismatched_keys"])
+    wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
     if missing or wrong:
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}) and {len(wrong)} have "

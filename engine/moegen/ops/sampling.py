@@ -22,10 +22,10 @@ def uniform(seed: int, row_index: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+@torch.inference_mode()
 def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """The next token id of each sequence, from its logits `[S, V]` (any dtype; worked on in float32)."""
-    logits_SV = logits_SV.float()
-    _penalise(logits_SV, sequences)
+    logits_SV = _penalise(logits_SV.float(), sequences)
     tokens = logits_SV.argmax(dim=-1)
     drawn = [i for i, s in enumerate(sequences) if s.request.params.temperature > 0]
     if drawn:
@@ -34,14 +34,18 @@ def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     return tokens.tolist()
 
 
-def _penalise(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> None:
+def _penalise(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     """Divides positive and multiplies negative logits of seen tokens (Keskar et al. 2019, CTRL)."""
+    if all(sequence.request.params.repetition_penalty == 1 for sequence in sequences):
+        return logits_SV
+    logits_SV = logits_SV.clone()
     for row_V, sequence in zip(logits_SV, sequences, strict=True):
         penalty = sequence.request.params.repetition_penalty
         if penalty != 1:
             seen = torch.tensor(sequence.tokens, device=row_V.device).unique()
             scores = row_V[seen]
             row_V[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return logits_SV
 
 
 def _draw(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:

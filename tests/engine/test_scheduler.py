@@ -1,0 +1,188 @@
+"""What the scheduler promises, under random loads and with no model: tokens are made up."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from moegen.row import Status
+from moegen.schedule.pages import PageLedger
+from moegen.schedule.scheduler import Scheduler
+from moegen.schedule.sequence import Finished, Request, Sequence
+from moegen.schedule.step import Chunk, Step
+from moegen.spec import Sampling
+
+
+def _requests(dice: random.Random, rows: int, longest: int) -> list[Request]:
+    return [
+        Request(row, tuple(range(dice.randint(1, longest))), Sampling(max_tokens=dice.randint(1, longest)))
+        for row in range(rows)
+    ]
+
+
+class Load:
+    """Drives a scheduler to its end, checking every pass; a token is its position, an answer may end early."""
+
+    def __init__(self, seed: int, *, rows: int, longest: int, pages: int, page_tokens: int, pass_tokens: int) -> None:
+        self.dice = random.Random(seed)
+        self.requests = _requests(self.dice, rows, longest)
+        self.ledger = PageLedger(pages, page_tokens)
+        self.scheduler = Scheduler(self.requests, self.ledger, pass_tokens)
+        self.finished: dict[int, int] = {}
+        self.refused: list[Finished] = []
+        self.kept: dict[tuple[int, int], tuple[int, int]] = {}  # (page, slot) -> (row, position) last written there
+        self.passes = self.computed = 0
+
+    def run(self) -> None:
+        while (step := self._next()) is not None:
+            self.passes += 1
+            self.computed += step.tokens
+            self._check(step)
+            self._advance(step)
+        assert not self.scheduler.running
+        assert self.ledger.free == self.ledger.pages
+
+    def _next(self) -> Step | None:
+        decoding = {id(s) for s in self.scheduler.running if s.pending == 1}
+        oldest = min(self.scheduler.running, key=lambda s: s.order, default=None)
+        step = self.scheduler.next_step()
+        self.refused += self.scheduler.refused
+        self.scheduler.refused.clear()
+        if step is not None:
+            present = {id(chunk.sequence) for chunk in step.chunks}
+            still = {id(s) for s in self.scheduler.running}
+            assert decoding & still <= present, "a decoding sequence was left out of a pass"
+            assert oldest is None or oldest in self.scheduler.running, "the oldest sequence was preempted"
+        return step
+
+    def _check(self, step: Step) -> None:
+        assert 0 < step.tokens <= self.scheduler.pass_tokens
+        held = [page for s in self.scheduler.running for page in s.pages]
+        assert len(held) == len(set(held)) == self.ledger.pages - self.ledger.free
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            assert chunk.start == sequence.computed
+            assert chunk.start + chunk.length <= len(sequence.tokens) <= len(sequence.pages) * self.ledger.page_tokens
+        orders = [s.order for s in self.scheduler.running]
+        assert orders == sorted(orders)
+        for size in (1, 3, step.tokens):
+            self._check_batches(step, size)
+
+    def _check_batches(self, step: Step, size: int) -> None:
+        batches = list(step.attention_batches(size))
+        assert [b.first for b in batches] == list(np.cumsum([0, *(b.length for b in batches)])[:-1])
+        assert sum(b.length for b in batches) == step.tokens
+        assert all(b.length <= size for b in batches)
+        for batch in batches:
+            for span in batch.spans:
+                positions = step.positions[batch.first + span.first :][: span.length]
+                assert positions[-1] + 1 == span.kv_length
+                page_index, slots = np.divmod(positions, self.ledger.page_tokens)
+                own = slice(span.first, span.first + span.length)
+                assert batch.write_pages[own].tolist() == [span.pages[i] for i in page_index]
+                assert batch.write_slots[own].tolist() == slots.tolist()
+
+    def _advance(self, step: Step) -> None:
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            row = sequence.request.row_index
+            for position in range(chunk.start, chunk.start + chunk.length):
+                page, slot = divmod(position, self.ledger.page_tokens)
+                self.kept[sequence.pages[page], slot] = row, position
+            sequence.computed += chunk.length
+            for position in range(sequence.computed):  # everything that attention read is still its own
+                page, slot = divmod(position, self.ledger.page_tokens)
+                assert self.kept[sequence.pages[page], slot] == (row, position)
+        for sequence in step.sampled:
+            sequence.tokens.append(len(sequence.tokens))
+            if len(sequence.answer) == sequence.request.params.max_tokens or self.dice.random() < 0.02:
+                assert sequence.tokens == list(range(len(sequence.tokens)))
+                self.finished[sequence.request.row_index] = len(sequence.answer)
+                self.scheduler.end(sequence)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_load(seed: int) -> None:
+    dice = random.Random(1000 + seed)
+    pages, page_tokens = dice.randint(2, 40), dice.choice([1, 2, 4, 16])
+    load = Load(seed, rows=dice.randint(1, 60), longest=dice.randint(1, 60), pages=pages, page_tokens=page_tokens,
+                pass_tokens=dice.randint(1, 50))  # fmt: skip
+    load.run()
+    too_long = {r.row_index for r in load.refused}
+    need = {r.row_index: len(r.token_ids) + r.params.max_tokens for r in load.requests}
+    assert too_long == {row for row, tokens in need.items() if tokens > pages * page_tokens}
+    assert all(r.status is Status.TOO_LONG for r in load.refused)
+    assert load.finished.keys() | too_long == need.keys()
+    # Work is bounded: a row is computed again only when it was preempted for an older one's page.
+    assert load.computed <= sum(need.values()) * (len(need) + 1)
+
+
+def test_nothing_is_computed_twice_while_the_pool_has_room() -> None:
+    load = Load(1, rows=50, longest=30, pages=4000, page_tokens=1, pass_tokens=64)
+    load.run()
+    written = sum(len(r.token_ids) + load.finished[r.row_index] - 1 for r in load.requests)
+    assert load.computed == written  # the last token of an answer is never computed
+
+
+def test_requests_are_drawn_only_as_they_can_run() -> None:
+    drawn = 0
+
+    def stream():  # type: ignore[no-untyped-def]
+        nonlocal drawn
+        for row in range(1000):
+            drawn += 1
+            yield Request(row, tuple(range(8)), Sampling(max_tokens=8))
+
+    scheduler = Scheduler(stream(), PageLedger(16, 4), pass_tokens=32)
+    step = scheduler.next_step()
+    assert step is not None
+    assert drawn <= len(scheduler.running) + 1 <= 6
+
+
+def test_admission_leaves_a_page_of_growth_for_each() -> None:
+    requests = [Request(row, tuple(range(4)), Sampling(max_tokens=4)) for row in range(10)]
+    scheduler = Scheduler(requests, PageLedger(6, 4), pass_tokens=100)
+    step = scheduler.next_step()
+    assert step is not None
+    assert len(scheduler.running) == 3  # three pages held, and one kept free for each of them
+
+
+def test_end_of_a_row_admits_the_next_in_the_following_pass() -> None:
+    requests = [Request(row, tuple(range(6)), Sampling(max_tokens=2)) for row in range(2)]
+    scheduler = Scheduler(requests, PageLedger(2, 4), pass_tokens=100)
+    first = scheduler.next_step()
+    assert first is not None
+    (sequence,) = first.sampled
+    sequence.computed += 6
+    scheduler.end(sequence)
+    second = scheduler.next_step()
+    assert second is not None
+    assert [c.sequence.request.row_index for c in second.chunks] == [1]
+
+
+def test_no_requests_no_pass() -> None:
+    assert Scheduler([], PageLedger(4, 4), 8).next_step() is None
+
+
+def test_a_step_samples_where_a_sequence_is_complete() -> None:
+    params = Sampling(max_tokens=9)
+    whole = Sequence(Request(0, (5, 6, 7), params), 0, [5, 6, 7], 0, [0])
+    cut = Sequence(Request(1, tuple(range(10, 30)), params), 1, list(range(10, 30)), 4, [1, 2, 3, 4, 5])
+    decode = Sequence(Request(2, (1, 2), params), 2, [1, 2, 3], 2, [6])
+    step = Step([Chunk(decode, 2, 1), Chunk(whole, 0, 3), Chunk(cut, 4, 5)], 4)
+    assert step.token_ids.tolist() == [3, 5, 6, 7, 14, 15, 16, 17, 18]
+    assert step.positions.tolist() == [2, 0, 1, 2, 4, 5, 6, 7, 8]
+    assert step.sampled == [decode, whole]
+    assert step.last_tokens.tolist() == [0, 3]
+    assert (step.tokens, step.decode_tokens) == (9, 1)
+
+
+def test_ledger_lends_all_or_nothing() -> None:
+    ledger, held = PageLedger(3, 4), []
+    assert ledger.grow(held, 5)
+    assert len(held) == 2
+    assert not ledger.grow(held, 17)
+    assert (len(held), ledger.free) == (2, 1)
+    ledger.give_back(held)
+    assert (held, ledger.free, ledger.capacity_tokens) == ([], 3, 12)
