@@ -1,0 +1,161 @@
+"""Three ways to the same attention: the compiled kernel, the torch way, and a softmax written out here."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from moegen.ops.attention import AttentionRule, paged_attention
+from moegen.ops.decode_kernel import kernel_reads
+from moegen.ops.kv_pages import LayerPages
+from moegen.schedule.pages import PageLedger
+from moegen.schedule.sequence import Request, Sequence
+from moegen.schedule.step import AttentionBatch, Chunk, Step
+from moegen.spec import Sampling
+
+KV_HEADS, POOL_TOKENS = 2, 512
+HISTORIES = (0, 1, 5, 16, 40, 63)  # tokens that each sequence has in its pages already
+
+
+class Case:
+    """Ragged sequences with random keys and values in shuffled pages, and the queries of one micro-batch."""
+
+    def __init__(
+        self, ratio: int, key_dim: int, value_dim: int, page_tokens: int, dtype: torch.dtype, chunk: int
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(ratio * 1000 + page_tokens)
+        pages = POOL_TOKENS // page_tokens
+        shape = (pages, KV_HEADS, page_tokens)
+        # What lies in a page that no token was written to must not matter.
+        stale = (torch.full((*shape, dim), 1e4, dtype=dtype) for dim in (key_dim, value_dim))
+        self.pages = LayerPages(*stale)
+        ledger = PageLedger(pages, page_tokens)
+        random.Random(page_tokens).shuffle(ledger._free)
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        chunks = []
+        for order, history in enumerate(HISTORIES):
+            sequence = Sequence(Request(order, (0,), Sampling(max_tokens=1)), order, [0] * (history + chunk))
+            assert ledger.grow(sequence.pages, history + chunk)
+            self.keys.append(self._random(history + chunk, KV_HEADS, key_dim).to(dtype))
+            self.values.append(self._random(history + chunk, KV_HEADS, value_dim).to(dtype))
+            chunks.append(Chunk(sequence, history, chunk))
+            if history:
+                (before,) = Step([Chunk(sequence, 0, history)], page_tokens).attention_batches(history)
+                self.pages.write(self.keys[-1][:history], self.values[-1][:history], before)
+        self.batch: AttentionBatch
+        (self.batch,) = Step(chunks, page_tokens).attention_batches(1 << 20)
+        new_keys, new_values = (torch.cat([x[-chunk:] for x in xs]) for xs in (self.keys, self.values))
+        self.pages.write(new_keys, new_values, self.batch)
+        self.query_THD = self._random(self.batch.length, KV_HEADS * ratio, key_dim)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def sinks(self) -> torch.Tensor:
+        return self._random(self.query_THD.shape[1])
+
+    def naive(self, rule: AttentionRule) -> torch.Tensor:
+        """In float64, a query and a head at a time."""
+        ratio = self.query_THD.shape[1] // KV_HEADS
+        out = []
+        for span, keys, values in zip(self.batch.spans, self.keys, self.values, strict=True):
+            for i in range(span.length):
+                position = span.kv_length - span.length + i
+                first = 0 if rule.sliding_window is None else max(position - rule.sliding_window + 1, 0)
+                query = self.query_THD[span.first + i].double()
+                own = slice(first, position + 1)
+                heads = []
+                for head, q in enumerate(query):
+                    scores = keys[own, head // ratio].double() @ q * rule.scaling
+                    if rule.softcap is not None:
+                        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+                    weights = scores.exp()
+                    total = weights.sum() + (0 if rule.sinks_H is None else rule.sinks_H[head].double().exp())
+                    heads.append(weights / total @ values[own, head // ratio].double())
+                out.append(torch.stack(heads))
+        return torch.stack(out).float()
+
+
+def _rules(case: Case) -> dict[str, AttentionRule]:
+    scaling = case.query_THD.shape[2] ** -0.5
+    return {
+        "plain": AttentionRule(scaling),
+        "scaled": AttentionRule(0.31),
+        "window 1": AttentionRule(scaling, 1),
+        "window 7": AttentionRule(scaling, 7),
+        "window 1000": AttentionRule(scaling, 1000),
+        "sinks": AttentionRule(scaling, None, case.sinks()),
+        "softcap": AttentionRule(scaling, None, None, 1.7),
+        "all": AttentionRule(scaling, 9, case.sinks(), 2.5),
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 6], ids=["decode", "prefill"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("ratio", "dims", "page_tokens"),
+    [(1, (8, 8), 1), (2, (16, 16), 4), (3, (16, 8), 5), (4, (64, 64), 16), (7, (24, 40), 32), (4, (12, 20), 64)],
+    ids=str,
+)
+def test_three_ways_agree(ratio: int, dims: tuple[int, int], page_tokens: int, dtype: torch.dtype, chunk: int) -> None:
+    case = Case(ratio, *dims, page_tokens, dtype, chunk)
+    assert kernel_reads(case.query_THD, case.pages.keys_PGCD)
+    for name, rule in _rules(case).items():
+        expected = case.naive(rule)
+        torch_way = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=False)
+        kernel = paged_attention(case.query_THD, case.pages, case.batch, rule)
+        # Queries are float32 and pages hold the same values that the naive way reads, so bf16 loses nothing here.
+        assert torch.allclose(torch_way, expected, atol=3e-6), name
+        assert torch.allclose(kernel, expected, atol=3e-6), name
+
+
+def test_float16_pages_take_the_torch_way() -> None:
+    case = Case(2, 8, 8, 4, torch.float16, 1)
+    assert not kernel_reads(case.query_THD, case.pages.keys_PGCD)
+    rule = AttentionRule(8**-0.5)
+    assert torch.allclose(paged_attention(case.query_THD, case.pages, case.batch, rule), case.naive(rule), atol=3e-6)
+
+
+def test_bfloat16_queries_get_bfloat16_answers() -> None:
+    case = Case(4, 16, 16, 8, torch.bfloat16, 1)
+    rule = AttentionRule(0.25)
+    case.query_THD = case.query_THD.bfloat16()
+    expected = case.naive(rule)
+    for use_kernel in (True, False):
+        out = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=use_kernel)
+        assert out.dtype is torch.bfloat16
+        assert torch.allclose(out.float(), expected, atol=0.03)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    case = Case(2, 8, 8, 4, torch.float32, 1)
+    case.query_THD = case.query_THD * 1e4
+    rule = AttentionRule(1.0)
+    ways = [paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=k) for k in (True, False)]
+    assert all(way.isfinite().all() for way in ways)
+    assert torch.allclose(*ways, atol=1e-4)
+
+
+def test_a_sequence_does_not_see_the_others() -> None:
+    """Each sequence alone gives bit for bit what it gives in company."""
+    case = Case(2, 16, 16, 4, torch.float32, 1)
+    rule = AttentionRule(0.25, 30)
+    together = paged_attention(case.query_THD, case.pages, case.batch, rule)
+    for i, span in enumerate(case.batch.spans):
+        own = slice(span.first, span.first + 1)
+        zero = np.zeros(1, np.int64)
+        alone = AttentionBatch(0, 1, (type(span)(0, 1, span.kv_length, span.pages),), zero, zero)
+        assert torch.equal(paged_attention(case.query_THD[own], case.pages, alone, rule)[0], together[i])
+
+
+def test_long_prefill_is_cut_by_query_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(2, 8, 8, 4, torch.float32, 6)
+    rules = _rules(case)
+    whole = {name: paged_attention(case.query_THD, case.pages, case.batch, rule) for name, rule in rules.items()}
+    monkeypatch.setattr("moegen.ops.attention._SCORE_ELEMENTS", 600)  # a row or two at a time
+    for name, rule in rules.items():
+        cut = paged_attention(case.query_THD, case.pages, case.batch, rule)
+        assert torch.allclose(cut, whole[name], atol=3e-6), name
