@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ DEMO = Path(__file__).resolve().parent
 DAGS = DEMO.parent / "dags"
 DAG_ID = "moegen_table"
 RUNS = DEMO / "run"
-AIRFLOW_HOME = RUNS / "airflow"
+AIRFLOW_HOME = RUNS / f"airflow-{version('apache-airflow')}"
 TABLE = DEMO / "tickets.parquet"
 LEAST_ACCURACY = 0.97
 START_S, AIRFLOW_S = 60, 480  # how long to wait for the service, and for Airflow
@@ -170,9 +171,7 @@ def run_dag(url: str, place: Place) -> None:
         DemoError: the Dag run did not succeed.
     """
     env = airflow_env(place, url)
-    AIRFLOW_HOME.mkdir(exist_ok=True)
-    say("airflow", f"preparing its database in {shown(AIRFLOW_HOME)}")
-    airflow(["db", "migrate"], place, env)
+    prepare_airflow(place, env)
     say("dag", f"{DAG_ID} starts")
     conf = json.dumps({"input_uri": str(TABLE), "output_uri": str(place.output)})
     date = datetime.now(UTC)
@@ -182,6 +181,16 @@ def run_dag(url: str, place: Place) -> None:
     if state != "success":
         raise DemoError(f"the Dag run's state is {state!r}, not 'success'; see {place.log('airflow')}")
     say("dag", f"{DAG_ID} ended: {state}")
+
+
+def prepare_airflow(place: Place, env: dict[str, str]) -> None:
+    """Make Airflow's database, unless an earlier run did."""
+    done = AIRFLOW_HOME / "migrated"
+    if not done.exists():
+        say("airflow", f"makes its database in {shown(AIRFLOW_HOME)}")
+        AIRFLOW_HOME.mkdir(exist_ok=True)
+        airflow(["db", "migrate"], place, env)
+        done.touch()
 
 
 def run_state(date: datetime, env: dict[str, str]) -> str:
