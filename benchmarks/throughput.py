@@ -17,7 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,12 +195,12 @@ def main() -> None:
                 ways[f"transformers static, batch {size}"] = lambda size=size: run_static(peer, rows, size)
             if not args.skip_continuous:
                 ways["transformers continuous"] = lambda: run_continuous(peer, rows)
-        rates = measure(ways, rows, args.rounds)
-    report(args, rows, rates, total_flops(shape, rows), peaks, dtype)
+        for rates in measure(ways, rows, args.rounds):  # after every round, so that a run cut short keeps its rounds
+            report(args, rows, rates, total_flops(shape, rows), peaks, dtype)
 
 
-def measure(ways: dict[str, Callable], rows: list[Row], rounds: int) -> dict[str, list[float]]:
-    """Interleaved rounds; a static batch size that lost the first round by a tenth is not run again."""
+def measure(ways: dict[str, Callable], rows: list[Row], rounds: int) -> Iterator[dict[str, list[float]]]:
+    """All rates so far after each interleaved round; a static batch size that loses by a tenth is not run again."""
     run_ways = dict(ways)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
@@ -213,7 +213,7 @@ def measure(ways: dict[str, Callable], rows: list[Row], rounds: int) -> dict[str
         for name in static:
             if rates[name][0] < 0.9 * best:
                 del run_ways[name]
-    return rates
+        yield {name: values for name, values in rates.items() if values}
 
 
 def report(

@@ -1,7 +1,7 @@
 """Train the demo's model: a Qwen3-MoE of 3.6 million parameters that reads a ticket and answers with JSON.
 
-`python demo/train.py` writes model/ beside this file; about ten minutes on two cores. It sees only tickets of the
-`seen` patterns; the accuracy on `held_out` patterns is measured once, at the end, with the weights as they were saved.
+`python demo/train.py` writes model/ beside this file; about twelve minutes on one core. It sees only tickets of the
+`seen` patterns; the accuracy on `held_out` patterns is measured at the end, with the weights as they were saved.
 """
 
 from __future__ import annotations

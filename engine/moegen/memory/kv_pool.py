@@ -30,10 +30,11 @@ class KVPool:
     def __init__(
         self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        # Not zeroed: only what was written is ever read, and untouched pages cost the host no memory.
         self.layers = {
             layer: LayerPages(
-                torch.zeros(pages, shape.kv_heads, page_tokens, shape.key_dim, dtype=dtype, device=device),
-                torch.zeros(pages, shape.kv_heads, page_tokens, shape.value_dim, dtype=dtype, device=device),
+                torch.empty(pages, shape.kv_heads, page_tokens, shape.key_dim, dtype=dtype, device=device),
+                torch.empty(pages, shape.kv_heads, page_tokens, shape.value_dim, dtype=dtype, device=device),
             )
             for layer, shape in shapes.items()
         }
