@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import moegen
-from moegen.errors import Interrupted, MoegenError, SpecError
+from moegen.errors import InputError, Interrupted, MoegenError, SpecError, StorageError
 from moegen.job.progress import Progress
 from moegen.job.status import RunnerStatus
 from moegen.job.stop import StopRequest
@@ -28,6 +28,7 @@ from moegen.spec import JobSpec, set_field
 from moegen.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
+    from moegen.plan.workload import Workload
     from moegen.table.manifest import Manifest
 
 _STATUS_EVERY_S = 0.5
@@ -145,20 +146,54 @@ def _summary(manifest: Manifest, job: str) -> str:
     )
 
 
-# --- plan, probe, inspect -------------------------------------------------------------------------------------------
+# --- plan, probe, inspect, report -----------------------------------------------------------------------------------
 
 
 def _plan(args: argparse.Namespace) -> None:
     from moegen.plan.explain import explain
     from moegen.plan.machine import Machine
-    from moegen.plan.search import choose_plan
+    from moegen.plan.outlook import Outlook
     from moegen.shape import ModelShape
 
     spec = _planned_spec(args)
     shape = ModelShape.read(spec.model.uri)
-    machine = Machine.detect(spec.engine.device)
-    plan = choose_plan(shape, machine, spec.engine, spec.model.dtype)
-    print(json.dumps(plan.to_mapping()) if args.json else explain(shape, machine, plan))
+    machine = Machine.detect(spec.engine.device) if args.machine is None else Machine.read(args.machine)
+    workload = _workload(args, spec, shape.max_position_embeddings)
+    outlook = Outlook.of(shape, machine, spec.engine, spec.model.dtype, workload)
+    print(json.dumps(outlook.to_mapping()) if args.json else explain(shape, machine, outlook))
+
+
+def _workload(args: argparse.Namespace, spec: JobSpec, max_context_tokens: int) -> Workload | None:
+    """As the arguments say, else as the job's table is; None where neither says."""
+    from moegen.job.lengths import table_workload
+    from moegen.plan.workload import Workload
+
+    if args.rows is not None or args.prompt_tokens is not None:
+        if args.rows is None or args.prompt_tokens is None:
+            raise SpecError("moegen plan: --rows and --prompt-tokens go together; give both, or neither")
+        return Workload.of(args.rows, args.prompt_tokens, args.answer_tokens or [spec.sampling.max_tokens])
+    if args.job is None:
+        return None
+    try:
+        return table_workload(spec, max_context_tokens)
+    except (InputError, StorageError) as error:
+        print(f"moegen: lengths not known, so nothing is predicted: {_one_line(error)}", file=sys.stderr)
+        return None
+
+
+def _counts(text: str) -> list[int]:
+    """`64` or `16,80,600`: positive whole numbers."""
+    counts = [int(item) if item.strip().isdecimal() else 0 for item in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number, or several with commas between")
+    return counts
+
+
+def _count(text: str) -> int:
+    counts = _counts(text)
+    if len(counts) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
+    return counts[0]
 
 
 def _planned_spec(args: argparse.Namespace) -> JobSpec:
@@ -176,7 +211,9 @@ def _planned_spec(args: argparse.Namespace) -> JobSpec:
 def _probe(args: argparse.Namespace) -> None:
     from moegen.run.probe import probe
 
-    machine = probe(args.device)
+    if not args.json:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    machine = probe(args.device, args.model)
     machine.save()
     print(json.dumps(asdict(machine), indent=None if args.json else 2))
 
@@ -200,6 +237,18 @@ def _described(found: Any) -> str:
     for code, examples in found.errors.items():
         lines += ["", f"{code}:", *(f"  row {row.row_index} ({row.status}): {row.message}" for row in examples)]
     return "\n".join(lines)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from moegen.report.page import report
+    from moegen.storage import put_replace
+
+    page = report(args.uri, args.attempt)
+    if args.out == "-":
+        print(page)
+        return
+    put_replace(args.out, page.encode())
+    print(json.dumps({"report": args.out}) if args.json else args.out)
 
 
 # --- serve ----------------------------------------------------------------------------------------------------------
@@ -253,17 +302,31 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stop-on-stdin-eof", action="store_true", help="stop in order when standard input ends")
     run.add_argument("--device-lock", type=Path, metavar="F", help="wait for this file's lock before the model loads")
 
-    plan = _command(commands, "plan", _plan, "show memory need and batch sizes; runs nothing")
+    plan = _command(commands, "plan", _plan, "show memory need, batch sizes and predicted speed; runs nothing")
     plan.add_argument("job", metavar="JOB.yaml", nargs="?")
     plan.add_argument("--model", metavar="URI", help="a checkpoint folder, instead of a job")
+    plan.add_argument(
+        "--machine", type=Path, metavar="FILE", help="a machine that probe --json described, not this one"
+    )
+    plan.add_argument("--rows", type=_count, metavar="N", help="predict for so many rows, not for the job's table")
+    plan.add_argument("--prompt-tokens", type=_counts, metavar="N,..", help="their prompts' lengths, equally likely")
+    plan.add_argument("--answer-tokens", type=_counts, metavar="N,..", help="their answers' (default: max_tokens)")
     _add_set(plan)
 
     probe = _command(commands, "probe", _probe, "measure this machine, for better plans")
     probe.add_argument("--device", default="auto")
+    probe.add_argument("--model", metavar="URI", help="measure the disk by this checkpoint's files")
 
     inspect = _command(commands, "inspect", _inspect, "look into an output folder")
     inspect.add_argument("uri", metavar="OUTPUT_URI")
     inspect.add_argument("--rows", type=int, default=5, metavar="N", help="how many rows to show (default 5)")
+
+    report = _command(commands, "report", _report, "make a page of a job's figures")
+    report.add_argument("uri", metavar="OUTPUT_URI")
+    report.add_argument(
+        "--out", default="report.html", metavar="F", help="file or URI; -: print it (default report.html)"
+    )
+    report.add_argument("--attempt", type=int, metavar="N", help="draw this attempt, from 1 (default: the last)")
 
     serve = _command(commands, "serve", _serve, "run the job service (docs/http-api.md)")
     serve.add_argument("--host", default="127.0.0.1")

@@ -217,6 +217,18 @@ async def _moegen_error(request: Request, error: Exception) -> JSONResponse:
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
+_ENGINE_METRICS = {
+    "running": "Sequences in flight.",
+    "passes": "Passes of this attempt.",
+    "starved_s": "Seconds of this attempt in which the device waited for weights.",
+    "s_mfu": "FLOPs of activated parameters and attention as a share of the peak, over the last minutes.",
+    "s_mbu": "Bytes that had to move as a share of the peak bandwidth, over the last minutes.",
+    "disk_utilisation": "Bytes read as a share of the disk's rate, over the last minutes.",
+    "link_utilisation": "Bytes copied as a share of the link's rate, over the last minutes.",
+    "overlap": "Share of the transfers' time hidden behind compute, over the last minutes.",
+}
+
+
 class _Metrics:
     """What Prometheus sees, read from the store at every scrape."""
 
@@ -235,10 +247,22 @@ class _Metrics:
         yield _gauge("moegen_rows_done", "Rows done in all known jobs, by status.", "status", rows)
         tokens = {kind: sum(job.get(f"{kind}_tokens", 0) for job in progress) for kind in ("prompt", "completion")}
         yield _gauge("moegen_tokens_done", "Tokens of the rows done, by kind.", "kind", tokens)
+        queued = float(len(self._store.queue()))
+        yield GaugeMetricFamily("moegen_queue_length", "Jobs that wait for the device.", value=queued)
         now = [job for record, job in zip(jobs, progress, strict=True) if record.state is JobState.RUNNING]
         for name, what in (("rows_per_s", "Rows ended"), ("tokens_per_s", "Tokens generated")):
             value = sum(job.get(name, 0.0) for job in now)
             yield GaugeMetricFamily(f"moegen_{name}", f"{what} per second by the running job.", value=value)
+        yield from _engine_metrics([job["engine"] for job in now if job.get("engine")])
+
+
+def _engine_metrics(engines: list[dict[str, Any]]) -> Iterator[GaugeMetricFamily]:
+    """Of the running job's attempt; what it does not measure has no sample."""
+    engine = engines[0] if engines else {}  # one job runs at a time
+    for name, text in _ENGINE_METRICS.items():
+        yield GaugeMetricFamily(f"moegen_{name}", text, value=engine.get(name))
+    moved = {place: count for place in ("disk", "link") if (count := engine.get(f"{place}_bytes")) is not None}
+    yield _gauge("moegen_bytes_streamed", "Bytes of weights that this attempt moved, by way.", "way", moved)
 
 
 def _gauge(name: str, text: str, label: str, values: dict[str, int] | Counter[str]) -> GaugeMetricFamily:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from moegen.errors import CheckpointError, InputError, SpecError, UnsupportedModel
 from moegen.storage import describe, join, list_names, open_input, read_bytes
@@ -16,7 +16,10 @@ from moegen.storage import describe, join, list_names, open_input, read_bytes
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1,
                  "U8": 1, "BOOL": 1}  # fmt: skip
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
 _KV_PROJECTION = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.[kv]_proj\.weight")
+_EXPERTS_OF_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(?:experts|block_sparse_moe\.(?:in|out)put_linear)\.")
 _EXPERT_NAMES = (".experts.", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear")
 
 
@@ -37,6 +40,9 @@ class ModelShape:
     expert_weights: int  # those of routed experts
     kv_per_token: int  # keys and values of one token over all layers, as the engine keeps them
     latent_kv_per_token: int | None  # what latent attention would need if the latent itself were kept
+    moe_layers: int  # layers that have routed experts
+    attention_width: int  # elements of one layer's queries and attended values of a token, over all heads
+    tied_head: bool  # the head multiplies with the embedding's own weights
 
     @classmethod
     def read(cls, model_uri: str) -> ModelShape:
@@ -46,7 +52,8 @@ class ModelShape:
             CheckpointError: there is no such checkpoint, or a file of it is damaged.
             UnsupportedModel: the installed transformers does not know the model type.
         """
-        return cls.of(read_config(model_uri), _stored_tensors(model_uri))
+        config = read_config(model_uri)
+        return cls.of(config, {name: tensor.shape for name, tensor in stored_tensors(model_uri).items()})
 
     @classmethod
     def of(cls, config: Any, tensors: dict[str, tuple[int, ...]]) -> ModelShape:
@@ -69,13 +76,16 @@ class ModelShape:
             expert_weights=sum(n for name, n in sizes.items() if any(part in name for part in _EXPERT_NAMES)),
             kv_per_token=_kv_per_token(text, tensors),
             latent_kv_per_token=_latent_kv_per_token(text),
+            moe_layers=len({match[1] for name in tensors if (match := _EXPERTS_OF_LAYER.search(name))}),
+            attention_width=_attention_width(text),
+            tied_head=not any(name.endswith("lm_head.weight") for name in tensors),
         )
 
     @property
     def active_weights(self) -> float:
         """Parameters that one token multiplies with: all but the experts that it is not routed to."""
         share = self.experts_per_token / self.experts if self.experts else 0.0
-        embedding = self.vocab_size * self.hidden_size  # looked up, not multiplied
+        embedding = 0 if self.tied_head else self.vocab_size * self.hidden_size  # looked up, not multiplied
         return self.weights - embedding - self.expert_weights * (1 - share)
 
     @property
@@ -84,16 +94,35 @@ class ModelShape:
         return 2 * self.active_weights
 
 
-def read_config(model_uri: str) -> Any:
-    """The checkpoint's config as transformers understands it, its defaults filled in. Raises as `ModelShape.read`."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor of a checkpoint lies: `nbytes` bytes of the file `uri` from byte `start` on, in C order."""
 
+    uri: str
+    dtype: str  # in safetensors' words: F32, BF16, ...
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def config_json(model_uri: str) -> dict[str, Any]:
+    """What config.json says. Raises `CheckpointError` when it is not there or no JSON object."""
     try:
         values = json.loads(read_bytes(join(model_uri, "config.json")))
     except InputError as error:
         raise CheckpointError(f"model.uri: no config.json in {model_uri!r}; give a checkpoint's folder") from error
     except ValueError as error:
         raise CheckpointError(f"model.uri: config.json in {model_uri!r} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"model.uri: config.json in {model_uri!r} is no JSON object; give a checkpoint's folder")
+    return values
+
+
+def read_config(model_uri: str) -> Any:
+    """The checkpoint's config as transformers understands it, its defaults filled in. Raises as `ModelShape.read`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values = config_json(model_uri)
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
@@ -112,35 +141,88 @@ def read_config(model_uri: str) -> Any:
         raise CheckpointError(f"model.uri: config.json in {model_uri!r} is no {model_type} config: {error}") from error
 
 
-def _stored_tensors(model_uri: str) -> dict[str, tuple[int, ...]]:
-    names = [name for name in list_names(model_uri) if name.endswith(".safetensors")]
+def weight_files(model_uri: str) -> list[str]:
+    """The URIs of the safetensors files that make the model, sorted: those of the index, or the one, or all.
+
+    Raises:
+        CheckpointError: there are none, or one that the index names is missing.
+    """
+    there = list_names(model_uri)
+    names = [name for name in there if name.endswith(".safetensors")]
     if not names:
         raise CheckpointError(f"model.uri: no *.safetensors files in {model_uri!r}; other weight formats are not read")
-    tensors: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        tensors.update(_header(join(model_uri, name)))
+    if _INDEX in there:
+        names = _indexed(join(model_uri, _INDEX))
+    elif _SINGLE in there:
+        names = [_SINGLE]  # what lies beside it is another format's copy
+    missing = sorted(set(names) - set(there))
+    if missing:
+        raise CheckpointError(
+            f"model.uri: {model_uri!r} lacks {', '.join(missing[:3])} ({len(missing)} of {len(names)} files that its "
+            "index names); fetch the checkpoint again"
+        )
+    return [join(model_uri, name) for name in names]
+
+
+def _indexed(uri: str) -> list[str]:
+    try:
+        return sorted(set(json.loads(read_bytes(uri))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{uri}: is no index of safetensors files; fetch it again") from error
+
+
+def stored_tensors(model_uri: str) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint by its stored name.
+
+    Raises:
+        CheckpointError: no safetensors files, or one whose header is damaged or promises other bytes than it has.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for uri in weight_files(model_uri):
+        tensors.update(_tensors_of(uri))
     return tensors
 
 
-def _header(uri: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one file's tensors; checks that the file is as long as they say."""
+def read_header(uri: str, size: int, file: BinaryIO) -> bytes:
+    """The safetensors header (JSON) at the beginning of a file of `size` bytes, which is left behind it."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(_HEADER_LIMIT_BYTES, size - 8):
+        raise CheckpointError(f"{uri}: is not a whole safetensors file ({size} bytes); fetch it again")
+    return file.read(length)
+
+
+def _tensors_of(uri: str) -> dict[str, StoredTensor]:
     size = describe(uri).size_bytes
     with open_input(uri, "random") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise CheckpointError(f"{uri}: is not a whole safetensors file ({size} bytes); fetch it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{uri}: its safetensors header is damaged; fetch it again") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        data = read_header(uri, size, file)
+    try:
+        header = json.loads(data)
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(uri, 8 + len(data), entry) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{uri}: its safetensors header is damaged; fetch it again") from error
+    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=8 + len(data))
     if end != size:
         raise CheckpointError(f"{uri}: has {size} bytes where its header promises {end}; fetch it again")
-    for name, entry in header.items():
-        if entry["dtype"] not in _STORED_BYTES:
-            raise SpecError(f"{uri}: tensor {name} is stored as {entry['dtype']}, which this version cannot read")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+    return tensors
+
+
+def _stored(uri: str, data_start: int, entry: dict[str, Any]) -> StoredTensor:
+    first, end = entry["data_offsets"]
+    return StoredTensor(uri, entry["dtype"], tuple(entry["shape"]), data_start + first, end - first)
+
+
+def _check(name: str, tensor: StoredTensor) -> None:
+    if tensor.dtype not in _STORED_BYTES:
+        raise SpecError(f"{tensor.uri}: tensor {name} is stored as {tensor.dtype}, which this version cannot read")
+    needed = _product(tensor.shape) * _STORED_BYTES[tensor.dtype]
+    if tensor.nbytes != needed:
+        raise CheckpointError(
+            f"{tensor.uri}: tensor {name} has {tensor.nbytes} bytes where {tensor.dtype} {list(tensor.shape)} takes "
+            f"{needed}; fetch the file again"
+        )
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -181,3 +263,11 @@ def _latent_kv_per_token(text: Any) -> int | None:
     if not getattr(text, "kv_lora_rank", None):
         return None
     return int(text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim))
+
+
+def _attention_width(text: Any) -> int:
+    heads = text.num_attention_heads
+    if getattr(text, "kv_lora_rank", None):
+        return int(heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
+    key_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(heads * (key_dim + (getattr(text, "v_head_dim", None) or key_dim)))

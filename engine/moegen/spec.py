@@ -189,19 +189,25 @@ class PlanOverrides:
     pass_tokens: int | None = None  # tokens per pass: every decode token and the prefill that fits
     page_tokens: int | None = None  # tokens per KV page
     kv_pages: int | None = None  # pages in the pool
+    group_experts: int | None = None  # consecutive experts that move together
+    resident_groups: int | None = None  # groups of every layer that stay where they are multiplied
+    stream_slots: int | None = None  # places that the other groups pass through
+    stream_depth: int | None = None  # groups read ahead; 0: each is read when it is needed
+    reader_threads: int | None = None  # threads that read groups from disk
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            _require(value is None or value >= 1, f"engine.plan.{item.name}", value, "give 1 or more")
+            value, least = getattr(self, item.name), int(item.name not in ("resident_groups", "stream_depth"))
+            _require(value is None or value >= least, f"engine.plan.{item.name}", value, f"give {least} or more")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Where to run."""
+    """Where to run, and within what."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    host_memory: str | None = None  # how much host memory the engine may use, as in 12GiB; None: what is free
+    host_memory: str | None = None  # how much host memory the job may use, as in 12GiB; None: most of what is free
+    device_memory: str | None = None  # how much of the device's own memory; None: most of what is free
     plan: PlanOverrides = field(default_factory=PlanOverrides)
 
 

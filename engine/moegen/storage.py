@@ -7,6 +7,7 @@ could not be reached), with the URI and what to do about it.
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,6 +156,27 @@ def read_bytes(uri: str) -> bytes:
     fs, path = open_fs(uri)
     with storage_errors(uri, "read"):
         return cast(bytes, fs.cat_file(path))
+
+
+@contextmanager
+def local_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder on the local file system as it is; of another, a copy of the files whose names are `wanted`.
+
+    The copy is removed at the end. Folders below are not looked into.
+
+    Raises:
+        InputError: a file went away while it was copied.
+        StorageError: storage refused.
+    """
+    fs, path = open_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="moegen-") as copy:
+        for name in filter(wanted, list_names(uri)):
+            with storage_errors(join(uri, name), "read"):
+                fs.get_file(join(path, name), str(Path(copy) / name))
+        yield Path(copy)
 
 
 def put_create(uri: str, data: bytes) -> bool:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from moegen.errors import CheckpointError, SpecError
-from moegen.storage import join, list_names, read_bytes
+from moegen.storage import local_folder
 
 _FILES = (  # whatever of these a checkpoint folder has decides how text becomes ids, and where answers end
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
@@ -51,11 +50,8 @@ class Tokenizer:
             CheckpointError: there is no such folder, or it has no tokenizer that can be loaded.
             StorageError: storage refused.
         """
-        if "://" not in model_uri:
-            return cls(Path(model_uri).expanduser())
-        with tempfile.TemporaryDirectory(prefix="moegen-tokenizer-") as folder:
-            _fetch(model_uri, Path(folder))
-            return cls(Path(folder))
+        with local_folder(model_uri, lambda name: name == "config.json" or _takes_part(name)) as folder:
+            return cls(folder)
 
     @property
     def has_chat_template(self) -> bool:
@@ -221,12 +217,6 @@ def _load(folder: Path) -> Any:
             f"model.uri: no tokenizer can be loaded from {str(folder)!r} ({reason}); "
             "the folder needs tokenizer.json and tokenizer_config.json"
         ) from error
-
-
-def _fetch(model_uri: str, folder: Path) -> None:
-    for name in list_names(model_uri):
-        if name == "config.json" or _takes_part(name):
-            (folder / name).write_bytes(read_bytes(join(model_uri, name)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

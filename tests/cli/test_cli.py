@@ -13,18 +13,18 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.engine.test_predict import MACHINE
 from tests.tiny import tiny_checkpoint
 
 Job = dict[str, Any]
 MOEGEN = (sys.executable, "-m", "moegen")
-# Tiny models have no work for threads; on a busy machine they would only wait for each other.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def job_file(folder: Path, model: Path, rows: int) -> Path:
 
 def moegen(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [*MOEGEN, *map(str, arguments)]
-    given = {**ENVIRONMENT, **environment}
+    given = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, env=given)
 
 
@@ -87,7 +87,7 @@ def test_set_overrides_the_file_and_a_terminal_gets_a_bar(job: Path, tmp_path: P
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     command = [*MOEGEN, "run", str(job), "--json", "--set=input.limit=3", f"--set=output.uri={tmp_path}/other"]
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE) as process:
         os.close(theirs)
         shown = read_terminal(ours)
         output, _ = process.communicate(timeout=60)
@@ -188,7 +188,7 @@ def wait_for_parts(process: subprocess.Popen[str], output: Path, count: int) -> 
 def test_a_stopped_run_exits_75_and_the_same_command_goes_on(tmp_path: Path, model: Path, how: object) -> None:
     job = job_file(tmp_path, model, rows=120)
     command = slow(job)
-    options = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    options = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ}
     more = ["--stop-on-stdin-eof"] if how == "eof" else []
     with subprocess.Popen([*command, *more], **options) as process:  # type: ignore[call-overload]
         wait_for_parts(process, tmp_path / "out", 2)
@@ -200,19 +200,56 @@ def test_a_stopped_run_exits_75_and_the_same_command_goes_on(tmp_path: Path, mod
         assert "rows are committed, and the same command goes on" in process.stderr.read()
     committed = len(list((tmp_path / "out").glob("part-*"))) * 8
     if how == signal.SIGTERM:
-        run = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+        run = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
         assert json.loads(run.stdout)["resumed_rows"] == committed
 
 
-def test_plan_and_probe(job: Path, model: Path, tmp_path: Path) -> None:
-    text = moegen("plan", job)
+def test_plan(job: Path, model: Path, tmp_path: Path) -> None:
+    text = moegen("plan", job, XDG_CACHE_HOME=str(tmp_path))
     assert text.returncode == 0, text.stderr
     assert "2 of 4 experts per token" in text.stdout
+    assert "this machine was not measured (run: moegen probe)" in text.stdout
     plan = json.loads(moegen("plan", "--model", model, "--json", "--set", "engine.plan.page_tokens=32").stdout)
-    assert plan["page_tokens"] == 32
-    machine = moegen("probe", "--device", "cpu", "--json", XDG_CACHE_HOME=str(tmp_path))
-    assert machine.returncode == 0, machine.stderr
-    assert isinstance(json.loads(machine.stdout), dict)
+    assert (plan["page_tokens"], plan["prediction"]) == (32, None)
+
+
+def test_plan_predicts_for_a_machine_that_was_described(job: Path, model: Path, tmp_path: Path) -> None:
+    described = tmp_path / "machine.json"
+    described.write_text(json.dumps(asdict(MACHINE)))
+    text = moegen("plan", job, "--machine", described)
+    assert text.returncode == 0, text.stderr
+    assert "20: 9 prompt tokens and 4 of answer" in text.stdout  # "SECRET 0" to "SECRET 19"
+    assert re.search(r"speed +[\d,.]+ generated tokens/s", text.stdout)
+    given = moegen("plan", "--model", model, "--machine", described, "--json",
+                   "--rows", 1000, "--prompt-tokens", "16,80", "--answer-tokens", 32)  # fmt: skip
+    prediction = json.loads(given.stdout)["prediction"]
+    assert prediction["generated_tokens"] == 32_000
+    assert prediction["prompt_tokens"] == 48_000
+    assert prediction["generated_tokens_per_s"] * prediction["seconds"] == pytest.approx(32_000)
+
+
+def test_plan_without_a_table_still_plans(job: Path, tmp_path: Path) -> None:
+    described = tmp_path / "machine.json"
+    described.write_text(json.dumps(asdict(MACHINE)))
+    plan = moegen("plan", job, "--machine", described, "--json", "--set", f"input.uri={tmp_path}/not-yet.parquet")
+    assert json.loads(plan.stdout)["prediction"] is None
+    assert "lengths not known" in plan.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--rows", "5"], "--rows and --prompt-tokens go together"),
+        (["--rows", "0", "--prompt-tokens", "5"], "'0' is not a positive whole number"),
+        (["--rows", "1,2", "--prompt-tokens", "5"], "'1,2' is more than one number"),
+        (["--machine", "nowhere.json"], "'nowhere.json' cannot be read"),
+        (["--set", "engine.host_memory=400MiB"], "the smallest budget that would do is"),
+    ],
+)
+def test_plan_refuses(model: Path, arguments: list[str], told: str) -> None:
+    run = moegen("plan", "--model", model, *arguments)
+    assert run.returncode == 64
+    assert told in run.stderr
 
 
 def test_version() -> None:

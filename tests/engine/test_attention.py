@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from moegen.ops.decode_kernel import kernel_reads
 from moegen.ops.kv_pages import LayerPages
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.sequence import Request, Sequence
-from moegen.schedule.step import AttentionBatch, Chunk, Step
+from moegen.schedule.step import AttentionBatch, Chunk, Span, Step
 from moegen.spec import Sampling
 
 KV_HEADS, POOL_TOKENS = 2, 512
@@ -83,7 +88,7 @@ def _rules(case: Case) -> dict[str, AttentionRule]:
     scaling = case.query_THD.shape[2] ** -0.5
     return {
         "plain": AttentionRule(scaling),
-        "scaled": AttentionRule(0.31),
+        "scaled": AttentionRule(1.7 * scaling),
         "window 1": AttentionRule(scaling, 1),
         "window 7": AttentionRule(scaling, 7),
         "window 1000": AttentionRule(scaling, 1000),
@@ -97,7 +102,16 @@ def _rules(case: Case) -> dict[str, AttentionRule]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("ratio", "dims", "page_tokens"),
-    [(1, (8, 8), 1), (2, (16, 16), 4), (3, (16, 8), 5), (4, (64, 64), 16), (7, (24, 40), 32), (4, (12, 20), 64)],
+    [
+        (1, (8, 8), 1),
+        (2, (16, 16), 4),
+        (3, (16, 8), 5),
+        (4, (64, 64), 16),
+        (7, (24, 40), 32),
+        (4, (12, 20), 64),
+        (9, (128, 96), 32),
+        (16, (33, 65), 48),
+    ],
     ids=str,
 )
 def test_three_ways_agree(ratio: int, dims: tuple[int, int], page_tokens: int, dtype: torch.dtype, chunk: int) -> None:
@@ -147,8 +161,119 @@ def test_a_sequence_does_not_see_the_others() -> None:
     for i, span in enumerate(case.batch.spans):
         own = slice(span.first, span.first + 1)
         zero = np.zeros(1, np.int64)
-        alone = AttentionBatch(0, 1, (type(span)(0, 1, span.kv_length, span.pages),), zero, zero)
+        alone = AttentionBatch(0, 1, (Span(0, 1, span.kv_length, span.pages),), zero, zero)
         assert torch.equal(paged_attention(case.query_THD[own], case.pages, alone, rule)[0], together[i])
+
+
+LENGTHS = (1, 31, 32, 33, 128, 129, 500, 1023, 1024, 1025, 2100, 4000)  # the kernel cuts pieces of about 1024 tokens
+
+
+class LongCase:
+    """One long sequence beside many shorter ones, in shuffled pages of random values; decode only."""
+
+    def __init__(self, page_tokens: int, dtype: torch.dtype, heads: int = 8, dim: int = 64) -> None:
+        generator = torch.Generator().manual_seed(page_tokens)
+        pages = [-(-length // page_tokens) for length in LENGTHS]
+        order = list(range(sum(pages)))
+        random.Random(1).shuffle(order)
+        spans = [
+            Span(i, 1, n, [order.pop() for _ in range(p)]) for i, (n, p) in enumerate(zip(LENGTHS, pages, strict=True))
+        ]
+        shape = (sum(pages), KV_HEADS, page_tokens, dim)
+        self.pages = LayerPages(*(torch.randn(shape, generator=generator).to(dtype) for _ in range(2)))
+        # Sharp enough that single keys of any page carry weight.
+        self.query_THD = 3 * torch.randn(len(LENGTHS), heads, dim, generator=generator)
+        self.batch = self.of(*spans)
+        sinks = torch.randn(heads, generator=generator)
+        scaling = dim**-0.5
+        self.rules = {
+            "plain": AttentionRule(scaling),
+            "window 100": AttentionRule(scaling, 100),
+            "window 1500": AttentionRule(scaling, 1500),  # two pieces, which begin inside a page
+            "all": AttentionRule(scaling, 1100, sinks, 5.0),
+        }
+
+    @staticmethod
+    def of(*spans: Span) -> AttentionBatch:
+        nothing = np.zeros(len(spans), np.int64)
+        return AttentionBatch(0, len(spans), spans, nothing, nothing)
+
+    def kernel(self, rule: AttentionRule) -> torch.Tensor:
+        return paged_attention(self.query_THD, self.pages, self.batch, rule)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("page_tokens", [16, 32, 48, 256])
+def test_pieces_of_long_sequences_make_the_whole(page_tokens: int, dtype: torch.dtype) -> None:
+    case = LongCase(page_tokens, dtype)
+    for name, rule in case.rules.items():
+        torch_way = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=False)
+        assert torch.allclose(case.kernel(rule), torch_way, atol=1e-5), name
+
+
+@pytest.mark.usefixtures("_threads")
+def test_neither_threads_nor_company_change_a_bit() -> None:
+    case = LongCase(32, torch.bfloat16)
+    for name, rule in case.rules.items():
+        torch.set_num_threads(1)
+        one_thread = case.kernel(rule)
+        torch.set_num_threads(2)
+        for _ in range(3):  # threads take tasks in another order each time
+            assert torch.equal(case.kernel(rule), one_thread), name
+        for i, span in enumerate(case.batch.spans):
+            alone = case.of(Span(0, 1, span.kv_length, span.pages))
+            answer = paged_attention(case.query_THD[i : i + 1], case.pages, alone, rule)
+            assert torch.equal(answer[0], one_thread[i]), (name, span.kv_length)
+
+
+def test_weights_are_exponentials_to_the_last_places() -> None:
+    """With one-hot values the answer is the weights themselves, here from 1 down to e^-80."""
+    tokens = 512
+    pages = LayerPages(torch.zeros(1, 1, tokens, 1), torch.eye(tokens)[None, None])
+    pages.keys_PGCD[0, 0, :, 0] = -torch.linspace(0, 80, tokens)
+    out = paged_attention(torch.ones(1, 1, 1), pages, LongCase.of(Span(0, 1, tokens, [0])), AttentionRule(1.0))
+    expected = pages.keys_PGCD[0, 0, :, 0].double().softmax(0)
+    assert torch.allclose(out[0, 0].double(), expected, rtol=5e-7, atol=0)
+
+
+def test_a_batch_lists_its_decode_spans_once() -> None:
+    case = Case(2, 8, 8, 4, torch.float32, 1)
+    assert case.batch.decode is case.batch.decode
+    assert case.batch.decode.rows.tolist() == list(range(len(HISTORIES)))
+    assert case.batch.prefill == ()
+    assert len(Case(2, 8, 8, 4, torch.float32, 6).batch.decode.rows) == 0
+
+
+_NARROW = """
+import sys
+import llvmlite.binding
+features = llvmlite.binding.get_host_cpu_features()
+kept = {name: on and not name.startswith("avx512") for name, on in features.items()}
+kept["avx"] = kept["avx"] and sys.argv[1] == "8"
+llvmlite.binding.get_host_cpu_features = lambda: type(features)(kept)
+from moegen.ops import vectors
+assert vectors.LANES == int(sys.argv[1]), vectors.LANES
+from tests.engine.test_attention import LongCase, paged_attention, torch
+case = LongCase(32, torch.bfloat16, heads=14, dim=44)
+for rule in case.rules.values():
+    torch_way = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=False)
+    assert torch.allclose(case.kernel(rule), torch_way, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_machines_with_narrower_registers(lanes: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", _NARROW, str(lanes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_long_prefill_is_cut_by_query_rows(monkeypatch: pytest.MonkeyPatch) -> None:

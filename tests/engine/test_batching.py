@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moegen.memory.checkpoint import load_model
-from moegen.model.host import ModelHost
 from moegen.row import Status
 from moegen.run.engine import Engine
 from moegen.schedule.scheduler import Scheduler
@@ -79,11 +77,11 @@ def _requests(greedy: bool) -> list[Request]:
 
 def _run(checkpoint: Path, tokenizer: Tokenizer, requests: list[Request], **sizes: int) -> dict[int, Finished]:
     sizes_plan = plan(**sizes)
-    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
-    with Engine(ModelHost(model, staged=True, expert_tokens=sizes_plan.expert_tokens), sizes_plan, tokenizer) as engine:
+    with Engine.load(checkpoint, sizes_plan, staged=True, tokenizer=tokenizer) as engine:
         rows, passes = run(engine, requests)
     assert len(rows) == len(requests)
     assert all(report.tokens <= sizes_plan.pass_tokens for report in passes)
+    assert any(report.traffic.disk_bytes for report in passes) == (sizes_plan.stream_slots > 0)
     return rows
 
 
@@ -124,6 +122,20 @@ def test_order_does_not_change_answers(expected, preempted, checkpoint: Path, to
     random.Random(2).shuffle(requests)
     assert _run(checkpoint, tokenizer, requests, **SIZES[3]) == answers
     assert preempted
+
+
+# Where experts live and how they come: all resident, some, none; read when needed, or ahead by several readers.
+HOMES = [
+    {"group_experts": 1, "resident_groups": 2, "stream_slots": 2, "stream_depth": 1, "reader_threads": 1},
+    {"group_experts": 1, "resident_groups": 0, "stream_slots": 4, "stream_depth": 3, "reader_threads": 3},
+    {"group_experts": 3, "resident_groups": 0, "stream_slots": 1, "stream_depth": 0, "reader_threads": 0},
+]
+
+
+@pytest.mark.parametrize("homes", HOMES, ids=lambda homes: "-".join(map(str, homes.values())))
+def test_homes_do_not_change_answers(expected, homes, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    greedy, answers = expected
+    assert _run(checkpoint, tokenizer, _requests(greedy), **SIZES[2], **homes, logit_tokens=5) == answers
 
 
 def test_the_rows_are_varied(expected) -> None:

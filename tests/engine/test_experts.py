@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from moegen.ops.expert_kernel import PANEL
+from moegen.ops.expert_weights import (
+    ExpertGroup,
+    ExpertMatrix,
+    PanelMatrix,
+    PlainMatrix,
+    ResidentExperts,
+    resident_experts,
+)
 from moegen.ops.experts import grouped_experts
 from torch import nn
 from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
@@ -61,26 +73,71 @@ def test_kinds_are_what_they_say() -> None:
     assert not plain.has_gate
 
 
+FORMS = {"panels": PanelMatrix, "plain": lambda e, o, i, dtype: PlainMatrix(e, o, i, dtype, torch.device("cpu"))}
+
+
+def _matrix(weight: torch.Tensor, transposed: bool, form: str) -> ExpertMatrix:
+    experts, rows, columns = weight.shape
+    matrix: ExpertMatrix = FORMS[form](experts, *((columns, rows) if transposed else (rows, columns)), weight.dtype)
+    for expert in range(experts):
+        if transposed:
+            matrix.place_transposed(expert, weight[expert])
+        else:  # in two parts, as gate and up come from a checkpoint
+            half = rows // 2
+            matrix.place(expert, half, weight[expert, half:])
+            matrix.place(expert, 0, weight[expert, :half])
+    return matrix
+
+
+def _supply(module: Any, form: str, group_experts: int = EXPERTS) -> ResidentExperts:
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    firsts = range(0, EXPERTS, group_experts)
+    return ResidentExperts(
+        tuple(
+            ExpertGroup(
+                first,
+                _matrix(up[first : first + group_experts], module.is_transposed, form),
+                _matrix(module.down_proj[first : first + group_experts], module.is_transposed, form),
+            )
+            for first in firsts
+        )
+    )
+
+
+@pytest.mark.parametrize("group_experts", [1, 3, EXPERTS])
 @pytest.mark.parametrize("expert_tokens", [1, 2, 7, 64, 1 << 20])
 @pytest.mark.parametrize("tokens", [1, 5, 90])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_transformers(kind: str, tokens: int, expert_tokens: int) -> None:
+def test_equal_to_transformers(kind: str, form: str, tokens: int, expert_tokens: int, group_experts: int) -> None:
     module = KINDS[kind]()
     hidden, ids, weights = _routed(tokens)
     expected = module(hidden, ids, weights)
-    assert torch.allclose(
-        grouped_experts(module, hidden, ids, weights, expert_tokens=expert_tokens), expected, atol=1e-5
-    )
+    supply = _supply(module, form, group_experts)
+    out = grouped_experts(module, supply, hidden, ids, weights, expert_tokens=expert_tokens)
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_taking_a_modules_own_weights(kind: str) -> None:
+    module = KINDS[kind]()
+    hidden, ids, weights = _routed(30)
+    expected = module(hidden, ids, weights)
+    bare = copy.deepcopy(module)
+    supply = resident_experts(bare, torch.float32)
+    assert "down_proj" not in dict(bare.named_parameters())
+    assert torch.allclose(grouped_experts(bare, supply, hidden, ids, weights, expert_tokens=16), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_does_not_see_the_batch(kind: str) -> None:
     module = KINDS[kind]()
+    supply = _supply(module, "panels")
     hidden, ids, weights = _routed(60)
-    together = grouped_experts(module, hidden, ids, weights, expert_tokens=1 << 20)
+    together = grouped_experts(module, supply, hidden, ids, weights, expert_tokens=1 << 20)
     for i in range(0, 60, 7):
         own = slice(i, i + 1)
-        alone = grouped_experts(module, hidden[own], ids[own], weights[own], expert_tokens=5)
+        alone = grouped_experts(module, supply, hidden[own], ids[own], weights[own], expert_tokens=5)
         assert torch.allclose(alone[0], together[i], atol=1e-6)
 
 
@@ -88,14 +145,16 @@ def test_a_token_does_not_see_the_batch(kind: str) -> None:
 def test_ids_past_the_last_expert_add_nothing(kind: str) -> None:
     """transformers marks experts of another device so."""
     module = KINDS[kind]()
+    supply = _supply(module, "panels")
     hidden, ids, weights = _routed(40)
     elsewhere = ids >= EXPERTS // 2
-    expected = grouped_experts(module, hidden, ids, weights.masked_fill(elsewhere, 0), expert_tokens=64)
+    expected = grouped_experts(module, supply, hidden, ids, weights.masked_fill(elsewhere, 0), expert_tokens=64)
     sentinel = ids.masked_fill(elsewhere, EXPERTS)
     for expert_tokens in (3, 64):
-        out = grouped_experts(module, hidden, sentinel, weights, expert_tokens=expert_tokens)
+        out = grouped_experts(module, supply, hidden, sentinel, weights, expert_tokens=expert_tokens)
         assert torch.allclose(out, expected, atol=1e-6)
-    assert not grouped_experts(module, hidden, torch.full_like(ids, EXPERTS), weights, expert_tokens=9).any()
+    nowhere = torch.full_like(ids, EXPERTS)
+    assert not grouped_experts(module, supply, hidden, nowhere, weights, expert_tokens=9).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -103,6 +162,41 @@ def test_half_precision(dtype: torch.dtype) -> None:
     module = _gated()
     hidden, ids, weights = _routed(50)
     expected = module(hidden, ids, weights)
-    out = grouped_experts(module.to(dtype), hidden.to(dtype), ids, weights.to(dtype), expert_tokens=16)
+    supply = resident_experts(copy.deepcopy(module).to(dtype), dtype)
+    out = grouped_experts(module, supply, hidden.to(dtype), ids, weights.to(dtype), expert_tokens=16)
     assert out.dtype is dtype
     assert torch.allclose(out.float(), expected, atol=0.05 * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (PANEL, 3), (PANEL + 1, 8), (3 * PANEL - 1, 200)])
+def test_stored_weights_multiply_exactly(dtype: torch.dtype, out_features: int, in_features: int) -> None:
+    """Panels hold the stored bits: the product is that of the widened weights, for any number of rows per expert."""
+    generator = torch.Generator().manual_seed(1)
+    counts = (0, 1, 2, 13, 14, 15, 28, 29, 0, 200)
+    weight = torch.randn(len(counts), out_features, in_features, generator=generator).to(dtype)
+    x = torch.randn(sum(counts), in_features, generator=generator)
+    matrix = _matrix(weight, False, "panels")
+    expected = torch.cat([rows @ w.float().T for rows, w in zip(x.split(list(counts)), weight, strict=True)])
+    assert torch.allclose(matrix.linear(x, counts), expected, atol=1e-4)
+
+
+def test_threads_and_neighbours_change_no_bit() -> None:
+    """Every output is one sum in one order, whatever is beside it."""
+    generator = torch.Generator().manual_seed(2)
+    counts = (3, 70, 0, 1)
+    matrix = _matrix(torch.randn(4, 5 * PANEL, 40, generator=generator), False, "panels")
+    x = torch.randn(sum(counts), 40, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        outs = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            outs.append(matrix.linear(x, counts))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outs)
+    for row in (0, 2, 3, 40, 72):
+        expert = 0 if row < 3 else 1
+        alone = matrix.linear(x[row : row + 1], [int(e == expert) for e in range(4)])
+        assert torch.equal(alone[0], outs[0][row])

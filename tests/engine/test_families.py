@@ -220,8 +220,8 @@ def test_certify_sees_unwritten_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_certify_sees_a_lost_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = moegen.model.seams.grouped_experts
 
-    def lossy(module, hidden, ids, weights, **options):  # type: ignore[no-untyped-def]
-        return whole(module, hidden, ids, weights.masked_fill(ids == 0, 0), **options)
+    def lossy(module, supply, hidden, ids, weights, **options):  # type: ignore[no-untyped-def]
+        return whole(module, supply, hidden, ids, weights.masked_fill(ids == 0, 0), **options)
 
     monkeypatch.setattr(moegen.model.seams, "grouped_experts", lossy)
     with pytest.raises(UnsupportedModel, match="logits differ by"):

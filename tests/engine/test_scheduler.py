@@ -28,7 +28,7 @@ class Load:
         self.dice = random.Random(seed)
         self.requests = _requests(self.dice, rows, longest)
         self.ledger = PageLedger(pages, page_tokens)
-        self.scheduler = Scheduler(self.requests, self.ledger, pass_tokens)
+        self.scheduler = Scheduler(self.requests, self.ledger, pass_tokens, window=self.dice.choice([1, 2, 8, 100]))
         self.finished: dict[int, int] = {}
         self.refused: list[Finished] = []
         self.kept: dict[tuple[int, int], tuple[int, int]] = {}  # (page, slot) -> (row, position) last written there
@@ -125,7 +125,7 @@ def test_nothing_is_computed_twice_while_the_pool_has_room() -> None:
     assert load.computed == written  # the last token of an answer is never computed
 
 
-def test_requests_are_drawn_only_as_they_can_run() -> None:
+def test_requests_are_drawn_a_window_at_a_time() -> None:
     drawn = 0
 
     def stream():  # type: ignore[no-untyped-def]
@@ -134,10 +134,44 @@ def test_requests_are_drawn_only_as_they_can_run() -> None:
             drawn += 1
             yield Request(row, tuple(range(8)), Sampling(max_tokens=8))
 
-    scheduler = Scheduler(stream(), PageLedger(16, 4), pass_tokens=32)
+    scheduler = Scheduler(stream(), PageLedger(16, 4), pass_tokens=32, window=10)
     step = scheduler.next_step()
     assert step is not None
-    assert drawn <= len(scheduler.running) + 1 <= 6
+    assert len(scheduler.running) <= 5
+    assert drawn == 10
+
+
+def _passes(max_tokens: list[int], window: int) -> tuple[list[list[int]], list[int]]:
+    """The rows of each pass, and the rows in the order in which they end; two run at a time."""
+    requests = [Request(row, (1, 2), Sampling(max_tokens=tokens)) for row, tokens in enumerate(max_tokens)]
+    scheduler = Scheduler(requests, PageLedger(100, 4), pass_tokens=4, window=window)
+    passes, ended = [], []
+    while (step := scheduler.next_step()) is not None:
+        passes.append(sorted(c.sequence.request.row_index for c in step.chunks))
+        for chunk in step.chunks:
+            chunk.sequence.computed += chunk.length
+        for sequence in step.sampled:
+            sequence.tokens.append(0)
+            if len(sequence.answer) == sequence.request.params.max_tokens:
+                scheduler.end(sequence)
+                ended.append(sequence.request.row_index)
+    return passes, ended
+
+
+def test_long_answers_of_a_window_start_first_and_the_tail_is_short() -> None:
+    max_tokens = [2, 2, 2, 2, 2, 2, 20]
+    as_they_come, _ = _passes(max_tokens, window=1)
+    long_first, _ = _passes(max_tokens, window=7)
+    assert long_first[0][-1] == 6
+    assert sum(len(rows) == 1 for rows in long_first) < sum(len(rows) == 1 for rows in as_they_come)
+    assert len(long_first) < len(as_they_come)
+
+
+def test_a_window_is_admitted_whole_before_the_next() -> None:
+    passes, _ = _passes([1, 2, 3, 9, 9, 9], window=3)
+    first_seen = {row: min(i for i, rows in enumerate(passes) if row in rows) for row in range(6)}
+    assert [first_seen[row] for row in (2, 1, 0)] == sorted(first_seen[row] for row in (0, 1, 2))
+    assert max(first_seen[row] for row in (0, 1, 2)) <= min(first_seen[row] for row in (3, 4, 5))
 
 
 def test_admission_leaves_a_page_of_growth_for_each() -> None:

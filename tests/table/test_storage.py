@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import fsspec
 import pytest
 from moegen.errors import InputError, SpecError, StorageError
 from moegen.storage import (
@@ -17,6 +18,7 @@ from moegen.storage import (
     join,
     list_files,
     list_names,
+    local_folder,
     open_fs,
     put_create,
     put_replace,
@@ -115,3 +117,16 @@ def test_a_killed_writer_leaves_no_half_file_at_the_name(tmp_path: Path) -> None
     assert len(list((tmp_path / "out").iterdir())) == 1  # what was written aside, hidden
     assert list_files(str(tmp_path / "out"), lambda path: True) == []
     assert put_create(str(tmp_path / "out" / "part"), b"whole")
+
+
+def test_a_local_folder_is_itself_and_a_remote_one_a_copy_of_what_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"a")
+    for uri in (str(tmp_path), tmp_path.as_uri()):
+        with local_folder(uri, lambda name: False) as folder:
+            assert folder == tmp_path
+    fs = fsspec.filesystem("memory")
+    for name in ("a.json", "b.bin", "below/c.json"):
+        fs.pipe_file(f"/aside/{name}", name.encode())
+    with local_folder("memory://aside", lambda name: name.endswith(".json")) as folder:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a.json": b"a.json"}
+    assert not folder.exists()

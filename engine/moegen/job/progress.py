@@ -27,6 +27,7 @@ class Progress:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     statuses: Mapping[str, int] = field(default_factory=dict)
+    engine: Mapping[str, Any] | None = None  # what the engine does, once it has made a pass: see `Attempt.live`
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,12 +48,17 @@ class Meter:
         self._prompt_tokens = self._completion_tokens = self._generated = 0
         self._statuses: dict[str, int] = {}
         self._samples: deque[tuple[float, int, int]] = deque()  # time, rows done, tokens generated
+        self._live: Callable[[], Mapping[str, Any] | None] = lambda: None
 
     def resume(self, rows_total: int, statuses: Mapping[str, int], prompt_tokens: int, completion_tokens: int) -> None:
         """The table has `rows_total` rows; the other counts are those of its committed parts."""
         self._total, self._statuses = rows_total, dict(statuses)
         self._done = self._committed = sum(statuses.values())
         self._prompt_tokens, self._completion_tokens = prompt_tokens, completion_tokens
+
+    def follow(self, live: Callable[[], Mapping[str, Any] | None]) -> None:
+        """Report what `live` tells of the engine with every progress from now on."""
+        self._live = live
 
     def enter(self, stage: str) -> None:
         """The job is now `stage`; rates begin with `running`."""
@@ -99,6 +105,7 @@ class Meter:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             statuses=dict(sorted(self._statuses.items())),
+            engine=self._live(),
         )
 
     def _rates(self) -> tuple[float, float]:

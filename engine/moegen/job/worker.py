@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from moegen.job.ahead import ahead
+from moegen.job.attempt import Attempt
 from moegen.job.digest import model_digest
 from moegen.job.flight import Flight
+from moegen.job.forecast import forecast
+from moegen.job.lengths import table_workload
 from moegen.job.prepare import Prepared, Preparer, needed_columns
 from moegen.job.progress import Meter, Progress
+from moegen.job.stats_file import Stats, earlier_stats
 from moegen.plan.machine import Machine
 from moegen.plan.search import choose_plan
+from moegen.plan.workload import UNKNOWN
 from moegen.row import RowResult
+from moegen.run.figures import Yardstick
+from moegen.run.stats import PassReport
+from moegen.schedule.sequence import Finished, Request
 from moegen.shape import ModelShape
 from moegen.spec import JobSpec
 from moegen.table.fingerprint import fingerprint
@@ -22,6 +32,9 @@ from moegen.table.manifest import Manifest
 from moegen.table.reader import RowBatch, TableReader
 from moegen.table.writer import TableWriter
 from moegen.text import Tokenizer
+
+if TYPE_CHECKING:
+    from moegen.run.engine import Engine
 
 _BATCHES_AHEAD = 4  # of at most 1,024 rows each: encoded while the device computes
 
@@ -49,7 +62,9 @@ def run_job(
     meter.enter("starting")
     reader = TableReader(spec.input, needed_columns(spec))
     shape = ModelShape.read(spec.model.uri)
-    plan = choose_plan(shape, Machine.detect(spec.engine.device), spec.engine, spec.model.dtype)
+    machine = Machine.detect(spec.engine.device)
+    workload = table_workload(spec, shape.max_position_embeddings)
+    plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
     tokenizer = Tokenizer.load(spec.model.uri)
     preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
     digest = model_digest(spec.model.uri)
@@ -60,14 +75,27 @@ def run_job(
     if not writer.complete:
         meter.enter("loading")
         with device or nullcontext(), closing(ahead(_prepared(reader, writer, preparer), _BATCHES_AHEAD)) as batches:
+            loading = time.monotonic()
             os.environ.setdefault("NUMBA_NUM_THREADS", str(plan.threads))  # Numba reads it once, when it is imported
             from moegen.run.engine import Engine
 
             with Engine.open(spec.model.uri, plan, tokenizer=tokenizer) as engine:
+                load_s = time.monotonic() - loading
+                yardstick = Yardstick(shape, machine, plan)
+                promised = forecast(yardstick, workload, reader.rows - totals.rows)
+                about = {"model_uri": spec.model.uri, "resumed_rows": totals.rows, "load_s": load_s}
+                attempt = Attempt(_earlier(spec, work), spec.output.uri, yardstick, promised, about)
+                meter.follow(attempt.live)
                 meter.enter("running")
-                Flight(batches, writer, meter, spec.output, stopping).run(engine)
+                with attempt.written():
+                    watched = cast("Engine", _Watched(engine, attempt.add))
+                    Flight(batches, writer, meter, spec.output, stopping).run(watched)
     meter.enter("finishing")
     return writer.finish(job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at)
+
+
+def _earlier(spec: JobSpec, work: str) -> Stats:
+    return Stats(work) if spec.output.mode == "new_run" else earlier_stats(spec.output.uri, work)
 
 
 def _prepared(
@@ -81,3 +109,18 @@ def _prepared(
             if not writer.is_committed(row_index, 1)
         ]
         yield batch, preparer.prepare(rows)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """An engine whose passes `see` hears of before anybody else."""
+
+    engine: Engine
+    see: Callable[[PassReport], None]
+
+    def generate(self, requests: Iterable[Request]) -> Generator[Finished | PassReport, None, None]:
+        with closing(self.engine.generate(requests)) as events:
+            for event in events:
+                if isinstance(event, PassReport):
+                    self.see(event)
+                yield event

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from moegen.memory.kv_pool import KVShape
-from moegen.model.seams import PassContext
+from moegen.model.dense import panel_linears
+from moegen.model.seams import ExpertStage, Observer, PassContext, Unobserved
 from moegen.model.stages import StagedLayer, has_plain_parts
 from moegen.ops.attention import AttentionRule
+from moegen.ops.expert_weights import ExpertSupply, resident_experts
 from moegen.schedule.step import AttentionBatch
 
 
@@ -21,13 +27,36 @@ class ModelHost:
         kv_shapes: what each attention module keeps per token, found by running one token.
     """
 
-    def __init__(self, model: PreTrainedModel, *, staged: bool, expert_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        staged: bool,
+        expert_tokens: int,
+        supplies: Mapping[str, ExpertSupply] | None = None,
+        stored_dtype: torch.dtype | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        """Takes the model over.
+
+        Args:
+            supplies: where each experts module, by its name, has its weights from; None: they are in the model.
+            stored_dtype: in which linear layers (and experts that are in the model) are kept where the CPU's kernel
+                widens them as it reads; None: the model's.
+            observer: hears of every pass.
+        """
         self.model = model.eval().requires_grad_(False)
-        for module in model.modules():
-            if hasattr(module, "_apply_gate"):  # set by transformers' experts interface on every experts class
-                module.moegen_expert_tokens = expert_tokens
+        self.observer = observer or Unobserved()
+        stored = stored_dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if is_experts(module):
+                supply = resident_experts(module, stored) if supplies is None else supplies[name]
+                module.moegen = ExpertStage(name, supply, expert_tokens, self.observer)
+        if model.device.type == "cpu" and model.dtype == torch.float32:
+            panel_linears(model, stored)
         if staged:
             stage_layers(model)
+        self._trunk = _Trunk(model.base_model) if model.base_model is not model else None
         self.kv_shapes = self._trace()
 
     @property
@@ -35,24 +64,62 @@ class ModelHost:
         return self.model.device
 
     def logits(
-        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, keep_S: torch.Tensor, context: PassContext
-    ) -> torch.Tensor:
-        """Logits `[S, V]` of the tokens `keep_S` of a flat batch of T tokens; one forward of the whole model."""
-        output = self.model(
-            input_ids=token_ids_T[None].to(self.device),
-            position_ids=positions_T[None].to(self.device),
-            use_cache=False,
-            logits_to_keep=keep_S.to(self.device),
-            moegen=context,
-        )
-        return output.logits[0]
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        keep_S: torch.Tensor,
+        context: PassContext,
+        logit_tokens: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Logits `[s, V]` of the tokens `keep_S` of a flat batch of T tokens, at most `logit_tokens` at a time.
+
+        One forward of the whole model; only what comes after its last layer is done piece by piece.
+        """
+        token_ids_1T, positions_1T = token_ids_T[None].to(self.device), positions_T[None].to(self.device)
+        pieces = keep_S.to(self.device).split(logit_tokens or max(len(keep_S), 1) if self._trunk else len(keep_S) or 1)
+        with self._trunk or nullcontext():
+            for keep_s in pieces:
+                output = self.model(
+                    input_ids=token_ids_1T,
+                    position_ids=positions_1T,
+                    use_cache=False,
+                    logits_to_keep=keep_s,
+                    moegen=context,
+                )
+                yield output.logits[0]
 
     @torch.inference_mode()
     def _trace(self) -> dict[nn.Module, KVShape]:
         trace = _Trace()
         one = torch.zeros(1, dtype=torch.int64)
-        self.logits(one, one, one, trace)
+        for _ in self.logits(one, one, one, trace):
+            pass
         return trace.shapes
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers' experts interface serves the module: it gives each such class a `_apply_gate`."""
+    return hasattr(module, "_apply_gate")
+
+
+class _Trunk:
+    """The model below its head, run once inside a `with`: asked again, it gives the same answer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._forward = base.forward
+        self._answer: Any = None
+        base.forward = self._run
+
+    def __enter__(self) -> None:
+        self._answer = None
+
+    def __exit__(self, *exception: object) -> None:
+        self._answer = None
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._answer is None:
+            self._answer = self._forward(*args, **kwargs)
+        return self._answer
 
 
 class _Trace:
@@ -76,8 +143,8 @@ class _Trace:
         return query_THD.new_zeros(1, query_THD.shape[1], value_TGD.shape[-1])
 
 
-def stage_layers(model: nn.Module) -> int:
-    """Puts a `StagedLayer` in the place of every layer that has the plain parts; how many there were."""
+def stage_layers(model: nn.Module) -> None:
+    """Puts a `StagedLayer` in the place of every layer that has the plain parts."""
     places = [
         (modules, index)
         for modules in model.modules()
@@ -87,4 +154,3 @@ def stage_layers(model: nn.Module) -> int:
     ]
     for modules, index in places:
         modules[index] = StagedLayer(modules[index])
-    return len(places)

@@ -7,7 +7,10 @@ to the attention function. Any argument that the engine does not know is refused
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moegen.errors import UnsupportedModel
 from moegen.ops.attention import AttentionRule
+from moegen.ops.expert_weights import ExpertGroup, ExpertSupply
 from moegen.ops.experts import grouped_experts
 from moegen.schedule.step import AttentionBatch
 
@@ -88,11 +92,50 @@ def attention(
     return moegen.attend(module, query_THD, key_TGD, value_TGD, rule)[None], None
 
 
+class Observer(Protocol):
+    """Hears what happens inside a pass."""
+
+    def count(self, layer: str, counts_E: Sequence[int]) -> None:
+        """Each expert of a layer met so many tokens."""
+        ...
+
+    def timed(self, part: Literal["attention", "experts"]) -> AbstractContextManager[None]:
+        """The seconds inside are spent on this part."""
+        ...
+
+
+class Unobserved:
+    """An `Observer` that keeps nothing."""
+
+    def count(self, layer: str, counts_E: Sequence[int]) -> None:
+        pass
+
+    def timed(self, part: Literal["attention", "experts"]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStage:
+    """How one experts module is run."""
+
+    layer: str  # the module's name in the model
+    supply: ExpertSupply
+    expert_tokens: int
+    observer: Observer
+
+    def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:
+        """The supply's groups; tells the observer what they are wanted for."""
+        self.observer.count(self.layer, counts_E)
+        return self.supply.lend(counts_E)
+
+
 def experts(
     module: Any, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' experts interface over `grouped_experts`; the chunk size is set on the module by the host."""
-    return grouped_experts(module, hidden_TD, expert_ids_TK, weights_TK, expert_tokens=module.moegen_expert_tokens)
+    """transformers' experts interface over `grouped_experts`; the host gives each module its `ExpertStage`."""
+    stage: ExpertStage = module.moegen
+    with stage.observer.timed("experts"):
+        return grouped_experts(module, stage, hidden_TD, expert_ids_TK, weights_TK, expert_tokens=stage.expert_tokens)
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from moegen.ops.decode_kernel import DecodeSpans, decode_attention, kernel_reads
+from moegen.ops.decode_kernel import decode_attention, kernel_reads
 from moegen.ops.kv_pages import LayerPages
 from moegen.schedule.step import AttentionBatch, Span
 
@@ -49,10 +49,9 @@ def paged_attention(
     out_THD = query_THD.new_empty(*query_THD.shape[:2], pages.values_PGCD.shape[-1])
     rest = batch.spans
     if use_kernel and kernel_reads(query_THD, pages.keys_PGCD):
-        decode = [span for span in batch.spans if span.length == 1]
-        rest = tuple(span for span in batch.spans if span.length > 1)
-        if decode:
-            decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, DecodeSpans.of(decode), rule, out_THD)
+        rest = batch.prefill
+        if len(batch.decode.rows):
+            decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, batch.decode, rule, out_THD)
     for span in rest:
         own = slice(span.first, span.first + span.length)
         out_THD[own] = _span_attention(query_THD[own], pages, span, rule)
@@ -95,18 +94,16 @@ def _sdpa(
     scaling: float,
     mask_TL: torch.Tensor | None,
 ) -> torch.Tensor:
-    group = query_THD.shape[1] // keys_GLD.shape[0]
-    # Repeating K and V costs little beside the scores of a prefill chunk; enable_gqa is far slower on CPUs.
-    keys_HLD, values_HLD = (x.repeat_interleave(group, 0) if group > 1 else x for x in (keys_GLD, values_GLD))
-    out_1HTD = F.scaled_dot_product_attention(
-        query_THD.transpose(0, 1)[None],
-        keys_HLD[None],
-        values_HLD[None],
-        attn_mask=mask_TL,
-        is_causal=mask_TL is None,
-        scale=scaling,
+    """The query heads of a KV head are the heads of one batch entry: each sees the same K and V, none is copied.
+
+    `enable_gqa` is far slower on CPUs.
+    """
+    query_GRTD = query_THD.unflatten(1, (keys_GLD.shape[0], -1)).permute(1, 2, 0, 3)
+    keys_GRLD, values_GRLD = (x[:, None].expand(-1, query_GRTD.shape[1], -1, -1) for x in (keys_GLD, values_GLD))
+    out_GRTD = F.scaled_dot_product_attention(
+        query_GRTD, keys_GRLD, values_GRLD, attn_mask=mask_TL, is_causal=mask_TL is None, scale=scaling
     )
-    return out_1HTD[0].transpose(0, 1)
+    return out_GRTD.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _softmax_attention(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from moegen.plan.curve import Surface
 from moegen.plan.machine import Machine
-from moegen.plan.plan import Plan
+from moegen.plan.outlook import Outlook
+from moegen.plan.plan import MemoryUse, Plan
 from moegen.shape import DTYPE_BYTES, ModelShape
-from moegen.units import format_bytes
+from moegen.units import format_bytes, format_duration
 
 
-def explain(shape: ModelShape, machine: Machine, plan: Plan) -> str:
-    """Lines for people; `Plan.to_mapping` is the same for programs."""
-    return "\n".join([*_model(shape, plan), *_machine(machine), *_plan(shape, plan)])
+def explain(shape: ModelShape, machine: Machine, outlook: Outlook) -> str:
+    """Lines for people; `Outlook.to_mapping` is the same for programs."""
+    plan = outlook.plan
+    return "\n".join([*_model(shape, plan), *_machine(machine), *_plan(shape, plan), *_promise(machine, outlook)])
 
 
 def _model(shape: ModelShape, plan: Plan) -> list[str]:
@@ -32,28 +37,84 @@ def _machine(machine: Machine) -> list[str]:
     if machine.device != "cpu":
         where += f", {format_bytes(machine.device_memory_bytes)} of device memory"
     rates = machine.rates
-    if not rates.gemm_flops_per_s:
-        return [f"machine   {where} free; rates not measured (run: moegen probe)"]
-    gemm = ", ".join(f"{dtype} {max(table.values()) / 1e9:,.0f}" for dtype, table in rates.gemm_flops_per_s.items())
-    dram = rates.dram_read_bytes_per_s
-    return [
+    if not rates.measured:
+        return [f"machine   {where} free; rates not measured, so nothing is predicted (run: moegen probe)"]
+    peaks = {dtype: _peak(table) for dtype, table in rates.linear_flops_per_s.items()}
+    lines = [
         f"machine   {where} free",
-        f"          GEMM peak GFLOP/s: {gemm}" + (f"; DRAM reads {dram / 1e9:.1f} GB/s" if dram else ""),
+        "          GEMM peak GFLOP/s: " + ", ".join(f"{dtype} {peak / 1e9:,.0f}" for dtype, peak in peaks.items()),
     ]
+    measured = {
+        "DRAM reads": rates.dram_read_bytes_per_s,
+        "disk": max(rates.disk_bytes_per_s.values(), default=None),
+        "link to the device": rates.h2d_bytes_per_s,
+    }
+    known = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in measured.items() if rate)
+    return [*lines, f"          {known}"] if known else lines
+
+
+def _peak(surface: Surface) -> float:
+    return max(max(curve.values()) for curve in surface.values())
 
 
 def _plan(shape: ModelShape, plan: Plan) -> list[str]:
-    used = plan.weight_bytes + plan.kv_bytes + plan.activation_bytes
     sparsity = shape.experts_per_token / shape.experts if shape.experts else 1
-    lines = [
-        f"memory    {format_bytes(used)} of {format_bytes(plan.memory_bytes)}: weights "
-        f"{format_bytes(plan.weight_bytes)} as {plan.compute_dtype}, KV {format_bytes(plan.kv_bytes)} as "
-        f"{plan.kv_dtype}, activations {format_bytes(plan.activation_bytes)}",
+    lines = [*_memory("host", plan.host), *_memory("device", plan.device_memory)]
+    lines += [
         f"pass      {plan.pass_tokens} tokens ({plan.pass_tokens * sparsity:.0f} per expert), attention in "
         f"micro-batches of {plan.attention_tokens}, experts in chunks of {plan.expert_tokens} pairs",
-        f"pages     {plan.kv_pages} of {plan.page_tokens} tokens: the longest prompt and answer "
+        f"pages     {plan.kv_pages} of {plan.page_tokens} tokens on the {plan.kv_home}: the longest prompt and answer "
         f"{plan.max_sequence_tokens} tokens",
     ]
+    if plan.groups:
+        lines.append(_experts(plan))
     if plan.compute_dtype != plan.kv_dtype:
         lines.append(f"          computed in {plan.compute_dtype}: this CPU multiplies {plan.kv_dtype} more slowly")
     return lines
+
+
+def _promise(machine: Machine, outlook: Outlook) -> list[str]:
+    found, workload = outlook.prediction, outlook.workload
+    if workload is None:
+        return ["speed     not predicted: the rows are not known (give a job, or --rows, --prompt-tokens and "
+                "--answer-tokens)"]  # fmt: skip
+    if found is None:
+        return ["speed     not predicted: this machine was not measured (run: moegen probe)"]
+    lines = [
+        f"rows      {workload.rows:,}: {workload.mean_prompt:,.0f} prompt tokens and {workload.mean_answer:,.0f} of "
+        "answer in the mean, if every answer is as long as it may be",
+        f"speed     {found.rate:,.1f} generated tokens/s over {format_duration(found.seconds)}, "
+        f"{found.steady_tokens_per_s:,.1f} while rows are left, the tail {format_duration(found.tail_seconds)}",
+        f"          {found.binding} binds: " + ", ".join(_shares(found.seconds_by_term, found.seconds)),
+    ]
+    more = {"host": outlook.host_gib_tokens_per_s, "device": outlook.device_gib_tokens_per_s}
+    gains = ", ".join(f"{where} {gain:+,.1f}" for where, gain in more.items() if gain is not None)
+    return [*lines, f"          one more GiB of memory would change tokens/s by: {gains}"]
+
+
+def _shares(seconds_by_term: dict[str, float], seconds: float) -> list[str]:
+    """The terms that matter, the largest first, in percent of the time."""
+    terms = sorted(seconds_by_term.items(), key=lambda item: -item[1])
+    return [f"{name} {share:.0%}" for name, term in terms if (share := term / seconds) >= 0.01]
+
+
+def _memory(where: str, memory: MemoryUse) -> list[str]:
+    if not memory.budget:
+        return []
+    parts = ", ".join(
+        f"{item.name} {format_bytes(size)}"
+        for item in fields(memory)
+        if (size := getattr(memory, item.name)) and item.name != "budget"
+    )
+    return [f"{where:9} {format_bytes(memory.used)} of {format_bytes(memory.budget)}: {parts}"]
+
+
+def _experts(plan: Plan) -> str:
+    kept = f"experts   {plan.groups} groups of {plan.group_experts} in each layer: {plan.resident_groups} resident"
+    if not plan.streamed_groups:
+        return f"{kept}, none moves"
+    homes = f"{plan.host_groups} on the host, " if plan.host_groups else ""
+    return (
+        f"{kept}, {homes}{plan.disk_groups} on disk, through {plan.stream_slots} slots, "
+        f"{plan.stream_depth} read ahead by {plan.reader_threads} threads"
+    )

@@ -18,21 +18,57 @@ from pathlib import Path
 from typing import Any
 
 from moegen.errors import SpecError
+from moegen.plan.curve import Curve, Surface
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the probe measured. GEMM rates are `{dtype: {rows: FLOP/s}}`, for weights of an expert's size."""
+    """What the probe measured: rates as curves over a size, seconds, bytes.
 
-    gemm_flops_per_s: dict[str, dict[int, float]] = field(default_factory=dict)
+    Curves and surfaces are of the engine's own operations, over weights that do not fit a cache. Rows per expert are a
+    mean: tokens were routed at random.
+    """
+
+    linear_flops_per_s: dict[str, Surface] = field(default_factory=dict)
+    # dense linear layers, kept as the engine keeps them: {compute dtype: {elements of the weight: {rows: FLOP/s}}}
+    expert_flops_per_s: dict[str, Surface] = field(default_factory=dict)
+    # the whole expert stage: {expert dtype: {elements of an expert: {rows per expert: FLOP/s}}}
+    decode_bytes_per_s: Surface = field(default_factory=dict)
+    # decode attention: {query heads per KV head: {KV bytes of a sequence and KV head: bytes/s}}
+    prefill_flops_per_s: Curve = field(default_factory=dict)  # {tokens of a prompt's chunk: FLOP/s}
+    disk_bytes_per_s: Curve = field(default_factory=dict)  # {reader threads: bytes/s}
+    place_bytes_per_s: float | None = None  # what one core packs of weights that were read
     dram_read_bytes_per_s: float | None = None
     h2d_bytes_per_s: float | None = None
     d2h_bytes_per_s: float | None = None
+    dram_beside_h2d_bytes_per_s: float | None = None  # DRAM reads while the link is busy
+    h2d_beside_dram_bytes_per_s: float | None = None  # the link while DRAM is read
+    gather_bytes_per_s: float | None = None  # KV pages from all over the host to the device
+    device_decode_bytes_per_s: float | None = None  # decode attention over pages in a GPU's own memory
+    pass_s: float | None = None  # of a pass, whatever is in it
+    layer_s: float | None = None  # of a layer, whatever is in it
+    group_s: float | None = None  # of a group of a layer's experts beyond the first, whatever is in it
+    sequence_s: float | None = None  # of every sequence in a pass
+    element_s: float | None = None  # of every hidden element of a token in a layer, outside what is above
+    logit_s: float | None = None  # of every logit that is sampled from
+    runtime_bytes: int | None = None  # interpreter and libraries, resident once the engine has run
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is enough to predict from."""
+        return bool(self.expert_flops_per_s and self.decode_bytes_per_s) and self.layer_s is not None
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any]) -> Rates:
-        gemm = {d: {int(rows): f for rows, f in table.items()} for d, table in mapping["gemm_flops_per_s"].items()}
-        return cls(**{**mapping, "gemm_flops_per_s": gemm})
+        """From JSON, whose keys are text. Raises TypeError on an unknown field, ValueError on a key that is no size."""
+        return cls(**{name: _sizes(value) for name, value in mapping.items()})
+
+
+def _sizes(value: Any) -> Any:
+    """Keys that are numbers, as numbers."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if key.isdigit() else key: _sizes(item) for key, item in value.items()}
 
 
 @dataclass(frozen=True)
@@ -59,8 +95,25 @@ class Machine:
             raise SpecError(f"engine.device: no device {device!r} on this machine; use auto or cpu")
         try:
             return replace(found, rates=Rates.from_mapping(json.loads(found._path.read_text())))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return found  # never measured, or by another version
+
+    @classmethod
+    def read(cls, path: Path) -> Machine:
+        """A machine that was described, as `moegen probe --json` prints one; nothing is asked of this one.
+
+        Raises:
+            SpecError: no such file, or not a description.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**values, "rates": Rates.from_mapping(values.get("rates") or {})})
+        except OSError as error:
+            raise SpecError(f"--machine: {str(path)!r} cannot be read: {error.strerror}; name a JSON file") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SpecError(
+                f"--machine: {str(path)!r} does not describe a machine: {error}; moegen probe --json prints one"
+            ) from error
 
     def save(self) -> Path:
         """Keeps the rates for later runs on this hardware."""
@@ -129,14 +182,35 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _cgroup_room(root: Path) -> Iterable[int]:
-    for folder, limit, used in (
-        ("sys/fs/cgroup", "memory.max", "memory.current"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            most = (root / folder / limit).read_text().strip()
-            taken = int((root / folder / used).read_text())
-        except (OSError, ValueError):
-            continue
-        if most != "max":
-            yield max(int(most) - taken, 0)
+    """What each limit on this process leaves: of its own group and of those above it, cgroup v1 or v2."""
+    for mount, own, limit, used in _cgroups(root):
+        for folder in (mount / own, *(mount / own).parents):
+            if not folder.is_relative_to(mount):
+                break
+            try:
+                most = int((folder / limit).read_text())
+                taken = int((folder / used).read_text())
+            except (OSError, ValueError):  # no such group in this mount, or "max": no limit
+                continue
+            yield max(most - taken + _reclaimable(folder), 0)
+
+
+def _cgroups(root: Path) -> Iterable[tuple[Path, str, str, str]]:
+    """(mount, this process's path in it, file of the limit, file of the use) of version 2 and of version 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    paths = {controllers: path.lstrip("/") for _, controllers, path in (line.split(":", 2) for line in lines)}
+    mount = root / "sys/fs/cgroup"
+    yield mount, paths.get("", ""), "memory.max", "memory.current"
+    yield mount / "memory", paths.get("memory", ""), "memory.limit_in_bytes", "memory.usage_in_bytes"
+
+
+def _reclaimable(folder: Path) -> int:
+    """Page cache that counts as used but that the kernel gives up first."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))

@@ -1,33 +1,80 @@
-"""The plan: every batch size and buffer of a run, chosen before it begins."""
+"""The plan: every batch size and buffer of a run, chosen before it begins.
+
+A layer's experts are cut into `groups` of `group_experts` consecutive ones, the pieces that move. In every layer alike
+the first `resident_groups` stay where they are multiplied, the next `host_groups` (only when the device is a GPU) lie
+in the host's slab, and the rest is read from the checkpoint on disk whenever a pass comes to it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of one memory, the host's or the device's, consumer by consumer."""
+
+    dense: int = 0  # weights outside the experts
+    experts: int = 0  # groups that stay: resident ones, or the host's slab for a GPU
+    slots: int = 0  # the ring through which the other groups pass
+    staging: int = 0  # what readers read into before a group is placed
+    kv: int = 0
+    activations: int = 0
+    runtime: int = 0  # interpreter, libraries, tokenizer, tables
+    budget: int = 0
+
+    @property
+    def used(self) -> int:
+        return sum(getattr(self, item.name) for item in fields(self) if item.name != "budget")
+
+    @property
+    def spare(self) -> int:
+        """What of the budget no consumer has."""
+        return self.budget - self.used
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in tokens and bytes; memory is of the host, or of the device when the model runs there."""
+    """Sizes in tokens, experts, groups and bytes. On a CPU device there is one memory, `host`."""
 
     device: str
     threads: int  # of the host's cores, for arithmetic
-    compute_dtype: str  # the dtype of weights and activations while they are multiplied
-    kv_dtype: str  # the dtype of the pages
+    compute_dtype: str  # of dense weights and activations while they are multiplied
+    expert_dtype: str  # of expert weights, as they lie in memory
+    kv_dtype: str  # of the pages
     attention_tokens: int  # tokens per attention micro-batch
     expert_tokens: int  # token-expert pairs per expert chunk
     pass_tokens: int  # tokens per pass: every running sequence's decode token and the prefill that fits
+    logit_tokens: int  # tokens whose logits exist at once; a pass that samples more goes through the head in pieces
     page_tokens: int  # tokens per KV page
     kv_pages: int
-    weight_bytes: int
-    kv_bytes: int
-    activation_bytes: int
-    memory_bytes: int  # the budget that the three above stay within
+    kv_home: Literal["host", "device"]
+    attention_on_host: float  # share of decode attention's KV bytes that the host's cores work off; 1 on a CPU device
+    groups: int  # of every layer; 0 where the model has no experts
+    group_experts: int  # the last group of a layer may have fewer
+    resident_groups: int
+    host_groups: int
+    stream_slots: int  # 0 when no group moves
+    stream_depth: int  # groups read ahead of the one in use; slots - 1 at most
+    reader_threads: int
+    host: MemoryUse
+    device_memory: MemoryUse  # all 0 on a CPU device
 
     @property
     def max_sequence_tokens(self) -> int:
         """The longest prompt and answer that the pool can hold."""
         return self.kv_pages * self.page_tokens
+
+    @property
+    def streamed_groups(self) -> int:
+        """Groups of every layer that come through the slots in a pass."""
+        return self.groups - self.resident_groups
+
+    @property
+    def disk_groups(self) -> int:
+        """Groups of every layer that are read from the checkpoint in a pass."""
+        return self.groups - self.resident_groups - self.host_groups
 
     def to_mapping(self) -> dict[str, Any]:
         return {**asdict(self), "max_sequence_tokens": self.max_sequence_tokens}

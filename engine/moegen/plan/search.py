@@ -1,119 +1,276 @@
-"""Chooses a plan for a model on a machine. A first honest version: everything resident, sizes from what they must fit.
+"""Chooses a plan for a model on a machine: of all plans that keep within the budgets, the one predicted to be fastest.
 
-Passes are as large as keeps experts busy (`_BUSY_ROWS` rows each) within a tenth of the memory; what remains beside the
-weights is KV pages, since more sequences in flight mean more rows per expert in every decode pass.
+What is chosen between: more KV pages let more sequences meet each expert; more resident groups leave less to stream;
+larger passes give experts more rows but take activations; more slots hide more of the stream. Memory is spent to the
+budget, and never beyond it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
 from moegen.errors import BudgetError
-from moegen.plan.machine import Machine
-from moegen.plan.plan import Plan
+from moegen.plan.cost import CostModel, balanced_attention
+from moegen.plan.curve import Surface
+from moegen.plan.footprint import Footprint
+from moegen.plan.machine import Machine, Rates
+from moegen.plan.nominal import nominal_rates
+from moegen.plan.plan import MemoryUse, Plan
+from moegen.plan.workload import UNKNOWN, Workload
 from moegen.shape import DTYPE_BYTES, ModelShape
 from moegen.spec import Engine
 from moegen.units import format_bytes, parse_bytes
 
 _SHARE_OF_FREE = 0.8  # of what is free, unless the job names a budget
-_BUSY_ROWS = 512  # rows per expert from which a GEMM runs near its peak rate
 _ONE_THREAD_FLOPS = 1e8  # about a millisecond of one core
-_MIN_PASS_TOKENS, _MAX_PASS_TOKENS = 2048, 16_384
+_BUSY_ROWS = 512  # rows per expert from which a GEMM runs near its peak rate
+_PASS_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _ATTENTION_TOKENS, _EXPERT_TOKENS, _PAGE_TOKENS = 2048, 8192, 32
-_RUNTIME_BYTES = 512 << 20  # interpreter, libraries, tokenizer, tables
+_SLOTS = (2, 3, 4, 6, 8)
+_DEVICE_SLOTS = (2, 4)  # a copy over the link waits for no seek
+_READER_THREADS, _STAGING_BYTES = 3, 8 << 20  # each reader reads into a buffer of its own
+_RUNTIME_BYTES = 560 << 20  # resident after a tiny model has run, where no probe measured it
+_DEVICE_RUNTIME_BYTES = 768 << 20  # the device's context and its libraries' workspaces
 _MIN_SEQUENCE_TOKENS = 256  # a pool that cannot hold even this is refused
+_KV_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the host's room, where host groups want it too
 
 
-def choose_plan(shape: ModelShape, machine: Machine, engine: Engine, dtype: str = "auto") -> Plan:
+def choose_plan(
+    shape: ModelShape,
+    machine: Machine,
+    engine: Engine,
+    dtype: str = "auto",
+    workload: Workload = UNKNOWN,
+    *,
+    streamable: bool = True,
+) -> Plan:
     """The plan for this model, machine and budget, with `engine.plan`'s own choices on top.
 
+    `streamable` is false where the checkpoint's experts cannot be read piece by piece: they are all resident then.
+
     Raises:
-        BudgetError: weights and the smallest pool do not fit; says the smallest budget that would do.
+        BudgetError: no plan keeps within the budget; says the smallest budget that would do.
     """
-    memory = _budget(machine, engine)
-    fixed = engine.plan
-    model_dtype = shape.dtype if dtype == "auto" else dtype
-    compute_dtype = _compute_dtype(shape, machine, model_dtype, memory)
-    weight_bytes = shape.weights * DTYPE_BYTES[compute_dtype]
-    pass_tokens = fixed.pass_tokens or _pass_tokens(shape, memory)
-    attention_tokens = fixed.attention_tokens or min(_ATTENTION_TOKENS, pass_tokens)
-    expert_tokens = fixed.expert_tokens or _EXPERT_TOKENS
-    activation_bytes = _activation_bytes(shape, pass_tokens, expert_tokens)
-    page_tokens = fixed.page_tokens or _PAGE_TOKENS
-    page_bytes = shape.kv_per_token * DTYPE_BYTES[model_dtype] * page_tokens
-    room = memory - _RUNTIME_BYTES - weight_bytes - activation_bytes
-    useful = -(-pass_tokens * min(shape.max_position_embeddings, 1 << 20) // page_tokens)
-    kv_pages = fixed.kv_pages or min(room // page_bytes, useful)
-    needed = (fixed.kv_pages or -(-_MIN_SEQUENCE_TOKENS // page_tokens)) * page_bytes
-    if room < needed:
-        raise _too_small(machine, memory, weight_bytes, activation_bytes, needed)
-    return Plan(
-        device=machine.device,
-        threads=_threads(shape, machine),
-        compute_dtype=compute_dtype,
-        kv_dtype=model_dtype,
-        attention_tokens=attention_tokens,
-        expert_tokens=expert_tokens,
-        pass_tokens=pass_tokens,
-        page_tokens=page_tokens,
-        kv_pages=kv_pages,
-        weight_bytes=weight_bytes,
-        kv_bytes=kv_pages * page_bytes,
-        activation_bytes=activation_bytes,
-        memory_bytes=memory,
-    )
+    search = _Search.of(shape, machine, engine, dtype, workload, streamable)
+    fitting = [plan for plan in search.plans() if plan.host.spare >= 0 and plan.device_memory.spare >= 0]
+    if not fitting:
+        raise search.refusal()
+    return max(fitting, key=search.worth)
 
 
-def _budget(machine: Machine, engine: Engine) -> int:
-    if machine.device != "cpu":
-        return int(machine.device_memory_bytes * _SHARE_OF_FREE)
-    if engine.host_memory is not None:
-        return parse_bytes(engine.host_memory, "engine.host_memory")
-    return int(machine.host_memory_bytes * _SHARE_OF_FREE)
+@dataclass(frozen=True)
+class _Search:
+    """What every candidate has in common."""
+
+    footprint: Footprint
+    machine: Machine
+    engine: Engine
+    workload: Workload
+    streamable: bool
+    host_budget: int
+    device_budget: int
+
+    @classmethod
+    def of(
+        cls, shape: ModelShape, machine: Machine, engine: Engine, dtype: str, workload: Workload, streamable: bool
+    ) -> _Search:
+        host = _budget(engine.host_memory, machine.host_memory_bytes, "engine.host_memory")
+        device = _budget(engine.device_memory, machine.device_memory_bytes, "engine.device_memory")
+        model_dtype = shape.dtype if dtype == "auto" else dtype
+        compute_dtype = _compute_dtype(shape, machine, model_dtype, host)
+        footprint = Footprint(
+            shape,
+            compute_dtype=compute_dtype,
+            expert_dtype=_expert_dtype(shape, machine, model_dtype, compute_dtype),
+            kv_dtype=model_dtype,
+            fixed_group_experts=engine.plan.group_experts,
+        )
+        return cls(footprint, machine, engine, workload, streamable, host, device)
+
+    @property
+    def rates(self) -> Rates:
+        return self.machine.rates if self.machine.rates.measured else nominal_rates(self.machine)
+
+    def worth(self, plan: Plan) -> tuple[float, int, int]:
+        """Generated tokens per second of the steady state; of equally fast plans, the one that reads and takes less."""
+        load = self.workload.steady_pass(plan)
+        seconds = CostModel(self.footprint, plan, self.rates).time(load).seconds
+        return float(load.sampled[0] / seconds[0]), -plan.disk_groups, -plan.host.used
+
+    def plans(self) -> Iterator[Plan]:
+        """Every candidate, whether it fits or not."""
+        for pass_tokens in _fixed_or(self.engine.plan.pass_tokens, _PASS_TOKENS):
+            for resident in self._residents():
+                moves = resident < self.footprint.groups
+                for slots in _fixed_or(self.engine.plan.stream_slots, self._slots) if moves else (0,):
+                    frame = self._frame(pass_tokens, resident, slots)
+                    yield from [self._with_pages(frame)] if self.machine.device == "cpu" else self._on_device(frame)
+
+    @property
+    def _slots(self) -> tuple[int, ...]:
+        return _SLOTS if self.machine.device == "cpu" else _DEVICE_SLOTS
+
+    def _residents(self) -> tuple[int, ...]:
+        groups = self.footprint.groups
+        if not self.streamable:
+            return (groups,)
+        fixed = self.engine.plan.resident_groups
+        return tuple(range(groups + 1)) if fixed is None else (min(fixed, groups),)
+
+    def _frame(self, pass_tokens: int, resident: int, slots: int) -> Plan:
+        """A candidate without KV pages and, on a GPU, without groups in the host's slab."""
+        fixed, footprint = self.engine.plan, self.footprint
+        attention_tokens = fixed.attention_tokens or min(_ATTENTION_TOKENS, pass_tokens)
+        expert_tokens = fixed.expert_tokens or min(
+            _EXPERT_TOKENS, pass_tokens * max(footprint.shape.experts_per_token, 1)
+        )
+        readers = (fixed.reader_threads or _READER_THREADS) if slots else 0
+        depth = max(slots - 1, 0) if fixed.stream_depth is None else min(fixed.stream_depth, max(slots - 1, 0))
+        weights = MemoryUse(
+            dense=footprint.dense,
+            experts=footprint.groups_of_every_layer(resident),
+            slots=slots * footprint.group,
+            activations=max(  # loading is over before the first pass
+                footprint.activations(pass_tokens, attention_tokens, expert_tokens),
+                footprint.dense_loading - footprint.dense,
+            ),
+        )
+        measured = self.machine.rates.runtime_bytes or _RUNTIME_BYTES
+        host = MemoryUse(
+            staging=readers * _STAGING_BYTES, runtime=measured + footprint.tokenizer, budget=self.host_budget
+        )
+        device = MemoryUse(budget=self.device_budget)
+        if self.machine.device == "cpu":
+            host = replace(weights, staging=host.staging, runtime=host.runtime, budget=host.budget)
+        else:
+            device = replace(weights, runtime=_DEVICE_RUNTIME_BYTES, budget=device.budget)
+        return Plan(
+            device=self.machine.device,
+            threads=_threads(footprint.shape, self.machine),
+            compute_dtype=footprint.compute_dtype,
+            expert_dtype=footprint.expert_dtype,
+            kv_dtype=footprint.kv_dtype,
+            attention_tokens=attention_tokens,
+            expert_tokens=expert_tokens,
+            pass_tokens=pass_tokens,
+            logit_tokens=min(pass_tokens, footprint.logit_tokens),
+            page_tokens=fixed.page_tokens or _PAGE_TOKENS,
+            kv_pages=0,
+            kv_home="host",
+            attention_on_host=1.0,
+            **self._grouping(resident),
+            host_groups=0,
+            stream_slots=slots,
+            stream_depth=depth,
+            reader_threads=readers,
+            host=host,
+            device_memory=device,
+        )
+
+    def _grouping(self, resident: int) -> dict[str, Any]:
+        """Where nothing moves, a layer is one group: nothing is gained by cutting it."""
+        experts, fixed = self.footprint.shape.experts, self.engine.plan.group_experts
+        if resident == self.footprint.groups and experts and not fixed:
+            return {"groups": 1, "group_experts": experts, "resident_groups": 1}
+        groups, size = self.footprint.groups, self.footprint.group_experts
+        return {"groups": groups, "group_experts": size, "resident_groups": resident}
+
+    def _on_device(self, frame: Plan) -> Iterator[Plan]:
+        """On a GPU: pages beside the weights, or on the host beside the slab that the device's groups come from."""
+        moving = frame.streamed_groups
+        if min(frame.host.spare, frame.device_memory.spare) < 0:
+            yield self._with_pages(frame)  # does not fit, whatever else is chosen
+            return
+        yield self._with_pages(self._with_slab(replace(frame, kv_home="device", attention_on_host=0.0), moving))
+        for share in _KV_SHARES:
+            slab = int(max(frame.host.spare, 0) * (1 - share))
+            groups = min(slab // max(self.footprint.groups_of_every_layer(1), 1), moving)
+            paged = self._with_pages(self._with_slab(frame, groups))
+            if paged.host.spare >= 0:
+                load = self.workload.steady_pass(paged)
+                yield replace(paged, attention_on_host=balanced_attention(self.footprint, paged, self.rates, load))
+
+    def _with_slab(self, plan: Plan, groups: int) -> Plan:
+        """With the next `groups` groups of every layer on the host, or as many as it has room for."""
+        first = self.footprint.groups_of_every_layer(plan.resident_groups)
+        while groups and self.footprint.groups_of_every_layer(plan.resident_groups + groups) - first > plan.host.spare:
+            groups -= 1
+        slab = self.footprint.groups_of_every_layer(plan.resident_groups + groups) - first
+        return replace(plan, host_groups=groups, host=replace(plan.host, experts=slab))
+
+    def _with_pages(self, plan: Plan) -> Plan:
+        """With all pages that there is room for and use for; at least as many as the smallest pool has."""
+        memory = plan.host if plan.kv_home == "host" else plan.device_memory
+        page = self.footprint.page(plan.page_tokens)
+        useful = plan.pass_tokens * -(-self._longest // plan.page_tokens)
+        pages = self.engine.plan.kv_pages or max(min(memory.spare // page, useful), self._fewest_pages(plan))
+        filled = replace(memory, kv=pages * page)
+        if plan.kv_home == "host":
+            return replace(plan, kv_pages=pages, host=filled)
+        return replace(plan, kv_pages=pages, device_memory=filled)
+
+    def _fewest_pages(self, plan: Plan) -> int:
+        return -(-min(self._longest, _MIN_SEQUENCE_TOKENS) // plan.page_tokens)
+
+    @property
+    def _longest(self) -> int:
+        return min(self.footprint.shape.max_position_embeddings, 1 << 20)
+
+    def refusal(self) -> BudgetError:
+        """The candidate that exceeds its budgets least, in figures."""
+        least = max(self.plans(), key=lambda plan: min(plan.host.spare, 0) + min(plan.device_memory.spare, 0))
+        on_device = least.device_memory.spare < 0
+        memory, where = (least.device_memory, "device") if on_device else (least.host, "host")
+        parts = {
+            "dense weights": memory.dense, "resident experts": memory.experts, "slots of moving experts": memory.slots,
+            "reading": memory.staging, "KV pages": memory.kv, "activations": memory.activations,
+            "the runtime": memory.runtime,
+        }  # fmt: skip
+        needs = ", ".join(f"{format_bytes(size)} for {name}" for name, size in parts.items() if size)
+        return BudgetError(
+            f"engine.{where}_memory: {format_bytes(memory.budget)} cannot hold {needs}; "
+            f"the smallest budget that would do is {format_bytes(memory.used)}"
+        )
+
+
+def _fixed_or(fixed: int | None, choices: tuple[int, ...]) -> tuple[int, ...]:
+    return choices if fixed is None else (fixed,)
+
+
+def _budget(named: str | None, free: int, field: str) -> int:
+    """What the job names, but never more than there is; without a name, most of what is free."""
+    return int(free * _SHARE_OF_FREE) if named is None else min(parse_bytes(named, field), free)
 
 
 def _compute_dtype(shape: ModelShape, machine: Machine, model_dtype: str, memory: int) -> str:
-    """The model's dtype, but float32 on a CPU that has no instructions for it, where that fits twice as slow memory."""
+    """The model's dtype, but float32 on a CPU that has no instructions for it, where the dense weights fit so."""
     if machine.device != "cpu" or model_dtype == "float32":
         return model_dtype
-    if _multiplies_faster_in_float32(machine, model_dtype) and shape.weights * 4 <= memory // 2:
-        return "float32"
-    return model_dtype
+    dense = (shape.weights - shape.expert_weights) * 4
+    return "float32" if _multiplies_faster_in_float32(machine, model_dtype) and dense <= memory // 3 else model_dtype
 
 
 def _multiplies_faster_in_float32(machine: Machine, dtype: str) -> bool:
-    measured = machine.rates.gemm_flops_per_s
-    rows = 64
-    if rows in measured.get("float32", {}) and rows in measured.get(dtype, {}):
-        return measured["float32"][rows] > measured[dtype][rows]
+    measured = machine.rates.linear_flops_per_s
+    if "float32" in measured and dtype in measured:
+        return _peak(measured["float32"]) > _peak(measured[dtype])
     return dtype == "float16" or not machine.native_bf16
+
+
+def _peak(surface: Surface) -> float:
+    return max(max(curve.values()) for curve in surface.values())
+
+
+def _expert_dtype(shape: ModelShape, machine: Machine, model_dtype: str, compute_dtype: str) -> str:
+    """As stored where a CPU kernel widens weights to float32 as it reads them; otherwise as they are multiplied."""
+    if machine.device != "cpu" or compute_dtype != "float32":
+        return compute_dtype
+    return min(shape.dtype, model_dtype, key=lambda dtype: DTYPE_BYTES[dtype])
 
 
 def _threads(shape: ModelShape, machine: Machine) -> int:
     """All cores, or one where a whole GEMM is over before a second thread has woken up."""
     gemm_flops = 2 * _BUSY_ROWS * shape.hidden_size**2
     return machine.cores if gemm_flops > _ONE_THREAD_FLOPS else 1
-
-
-def _pass_tokens(shape: ModelShape, memory: int) -> int:
-    sparsity = shape.experts / shape.experts_per_token if shape.experts_per_token else 1
-    tokens = min(max(int(_BUSY_ROWS * sparsity), _MIN_PASS_TOKENS), _MAX_PASS_TOKENS)
-    while tokens > 256 and _activation_bytes(shape, tokens, _EXPERT_TOKENS) > memory // 10:
-        tokens //= 2
-    return tokens
-
-
-def _activation_bytes(shape: ModelShape, pass_tokens: int, expert_tokens: int) -> int:
-    """Float32 throughout: the pass's hidden states and their neighbours, one expert chunk, logits of a pass."""
-    per_token = 8 * shape.hidden_size + 4 * shape.experts
-    per_pair = 6 * shape.hidden_size
-    logits = min(pass_tokens, 4096) * shape.vocab_size
-    return 4 * (pass_tokens * per_token + expert_tokens * per_pair + logits)
-
-
-def _too_small(machine: Machine, memory: int, weights: int, activations: int, pages: int) -> BudgetError:
-    where = "host memory" if machine.device == "cpu" else "device memory"
-    smallest = _RUNTIME_BYTES + weights + activations + pages
-    return BudgetError(
-        f"{where}: {format_bytes(memory)} cannot hold {format_bytes(weights)} of weights, "
-        f"{format_bytes(activations)} of activations, {format_bytes(_RUNTIME_BYTES)} for the runtime and "
-        f"{format_bytes(pages)} of KV pages; the smallest budget that would do is {format_bytes(smallest)}"
-    )

@@ -32,7 +32,7 @@ _WAYS: tuple[Way, ...] = ("staged", "seams")
 
 TOLERANCE = 1e-4  # of the largest logit; float32 rounding is about 1e-6
 _PROMPTS, _ANSWERS = (1, 9, 3, 17, 6, 12), (14, 3, 9, 5, 12, 1)  # tokens of the probe sequences
-_PAGE_TOKENS, _PAGES, _PASS_TOKENS, _ATTENTION_TOKENS, _EXPERT_TOKENS = 4, 15, 11, 5, 7
+_PAGE_TOKENS, _PAGES, _PASS_TOKENS, _ATTENTION_TOKENS, _EXPERT_TOKENS, _LOGIT_TOKENS = 4, 15, 11, 5, 7, 6
 
 
 def certify(config: PreTrainedConfig) -> Way:
@@ -168,7 +168,10 @@ def _difference(host: ModelHost, reference: PreTrainedModel) -> float:
     scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS)
     worst, scale = 0.0, max(float(logits.abs().max()) for logits in expected)
     while (step := scheduler.next_step()) is not None:
-        logits = forward(host, pool, step, _ATTENTION_TOKENS, keep=torch.arange(step.tokens))
+        pieces = forward(
+            host, pool, step, _ATTENTION_TOKENS, logit_tokens=_LOGIT_TOKENS, keep=torch.arange(step.tokens)
+        )
+        logits = torch.cat(list(pieces))
         first = 0
         for chunk in step.chunks:
             wanted = expected[chunk.sequence.request.row_index][chunk.start : chunk.start + chunk.length]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from moegen.memory.checkpoint import load_model, local_checkpoint
+from moegen.memory.checkpoint import Checkpoint, local_checkpoint
 from moegen.memory.kv_pool import KVPool
+from moegen.memory.weight_home import Arithmetic, WeightHomes
+from moegen.memory.weight_stream import StreamedExperts, WeightStream
 from moegen.model.host import ModelHost
 from moegen.ops.sampling import sample
 from moegen.plan.plan import Plan
 from moegen.row import Status
 from moegen.run.certify import certify
 from moegen.run.forward import forward
-from moegen.run.stats import PassReport
+from moegen.run.stats import PassReport, Recorder, Traffic
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import Scheduler
 from moegen.schedule.sequence import Finished, Request, Sequence
@@ -33,10 +37,20 @@ log = logging.getLogger(__name__)
 class Engine:
     """A loaded model and its KV pool. Use as a context manager; the memory is free after it."""
 
-    def __init__(self, host: ModelHost, plan: Plan, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        host: ModelHost,
+        plan: Plan,
+        tokenizer: Tokenizer | None,
+        recorder: Recorder | None = None,
+        borrowed: ExitStack | None = None,
+    ) -> None:
+        """`recorder` is the host's observer, if it has one; `borrowed` is closed with the engine."""
         self.plan = plan
         self.tokenizer = tokenizer
         self.host = host
+        self.recorder = recorder or Recorder()
+        self._borrowed = borrowed or ExitStack()
         dtype = getattr(torch, plan.kv_dtype)
         self.pool = KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, host.device)
 
@@ -50,20 +64,57 @@ class Engine:
         Raises:
             UnsupportedModel: the engine cannot keep this model exact; names the layer type.
             CheckpointError: tensors are missing, damaged or of another shape.
+            StorageError: the disk or a file fails.
         """
         started = time.monotonic()
         torch.set_num_threads(plan.threads)
         way = certify(read_config(model_uri))
-        with local_checkpoint(model_uri) as folder:
-            model = load_model(folder, getattr(torch, plan.compute_dtype), torch.device(plan.device))
-        host = ModelHost(model, staged=way == "staged", expert_tokens=plan.expert_tokens)
+        with ExitStack() as stack:
+            folder = stack.enter_context(local_checkpoint(model_uri))
+            engine = cls.load(folder, plan, staged=way == "staged", tokenizer=tokenizer)
+            engine._borrowed.push(stack.pop_all())
         log.info("model loaded in %.1f s, runs %s in %s", time.monotonic() - started, way, plan.compute_dtype)
-        return cls(host, plan, tokenizer)
+        return engine
+
+    @classmethod
+    def load(cls, folder: Path, plan: Plan, *, staged: bool, tokenizer: Tokenizer | None) -> Engine:
+        """As `open`, of a local checkpoint whose family is known to be exact."""
+        device, compute_dtype = torch.device(plan.device), getattr(torch, plan.compute_dtype)
+        expert_dtype, readers = getattr(torch, plan.expert_dtype), max(plan.reader_threads, 1)
+        with ExitStack() as stack:
+            checkpoint = stack.enter_context(Checkpoint(folder))
+            model, sources = checkpoint.load_dense(compute_dtype, device)
+            homes = stack.enter_context(
+                WeightHomes.settle(
+                    sources,
+                    checkpoint.files,
+                    Arithmetic(device, compute_dtype, expert_dtype),
+                    group_experts=plan.group_experts,
+                    resident_groups=plan.resident_groups,
+                    host_groups=plan.host_groups,
+                    readers=readers,
+                )
+            )
+            slots, depth = plan.stream_slots, plan.stream_depth
+            stream = WeightStream(homes, checkpoint.files, slots=slots, depth=depth, readers=readers)
+            stack.enter_context(stream)
+            recorder = Recorder(lambda: Traffic.of(stream.figures, readers, plan.device))
+            host = ModelHost(
+                model,
+                staged=staged,
+                expert_tokens=plan.expert_tokens,
+                supplies={layer: StreamedExperts(stream, pieces) for layer, pieces in homes.pieces.items()},
+                stored_dtype=expert_dtype,
+                observer=recorder,
+            )
+            return cls(host, plan, tokenizer, recorder, stack.pop_all())
+        raise AssertionError  # no context above swallows errors
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._borrowed.close()
         del self.host, self.pool
 
     def generate(self, requests: Iterable[Request]) -> Generator[Finished | PassReport, None, None]:
@@ -73,21 +124,25 @@ class Engine:
         """
         scheduler = Scheduler(requests, PageLedger(self.plan.kv_pages, self.plan.page_tokens), self.plan.pass_tokens)
         texts: dict[Sequence, TextStream] = {}
-        started = time.monotonic()
+        self.recorder.begin()
         while True:
             step = scheduler.next_step()
             while scheduler.refused:
                 yield scheduler.refused.pop()
             if step is None:
                 return
-            logits = forward(self.host, self.pool, step, self.plan.attention_tokens)
-            yield from self._advance(step, sample(logits, step.sampled), texts, scheduler)
-            report = PassReport(
-                step.tokens, step.decode_tokens, len(step.sampled), len(scheduler.running), time.monotonic() - started
-            )
-            started = time.monotonic()
+            yield from self._advance(step, self._next_tokens(step), texts, scheduler)
+            report = self.recorder.end_pass(step, len(scheduler.running))
             log.debug("pass: %s", report)
             yield report
+
+    def _next_tokens(self, step: Step) -> list[int]:
+        """One pass: the next token of every sequence that is complete so far."""
+        tokens: list[int] = []
+        plan = self.plan
+        for logits in forward(self.host, self.pool, step, plan.attention_tokens, logit_tokens=plan.logit_tokens):
+            tokens += sample(logits, step.sampled[len(tokens) : len(tokens) + len(logits)])
+        return tokens
 
     def _advance(
         self, step: Step, tokens: list[int], texts: dict[Sequence, TextStream], scheduler: Scheduler

@@ -1,67 +1,105 @@
-"""Measures this machine, in seconds: GEMM by dtype and rows, DRAM reads, the link to the device."""
+"""Measures this machine, in under a minute: what the planner's cost model multiplies with."""
 
 from __future__ import annotations
 
-import statistics
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from moegen.errors import MoegenError
 from moegen.plan.machine import Machine, Rates
+from moegen.run import engine_rates, machine_rates
 
-_ROWS = (1, 4, 16, 64, 256, 1024)
-_WEIGHTS, _OUT, _IN = 24, 768, 1024  # like the experts of a layer: together larger than a cache
-_BLOCK_BYTES = 256 << 20
+log = logging.getLogger(__name__)
+
+_STORED = torch.bfloat16  # what most checkpoints are
+_EXPERT_SIZES = {torch.bfloat16: 3, torch.float32: 1}  # measured of each stored dtype
+_READER_THREADS = (1, 2, 4)
 
 
-def probe(device: str = "auto") -> Machine:
-    """This machine with its rates measured now. Raises `SpecError` when the device does not exist."""
+def probe(device: str = "auto", model_uri: str | None = None) -> Machine:
+    """This machine with its rates measured now; the disk's rate is that of `model_uri`'s files, if it names a folder.
+
+    Raises:
+        SpecError: the device does not exist.
+        MoegenError: something could not be measured; says what, and why.
+    """
     machine = Machine.detect(device)
     where = torch.device(machine.device)
-    gemm = {
-        str(dtype).removeprefix("torch."): {rows: gemm_flops_per_s(where, dtype, rows) for rows in _ROWS}
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    host = torch.ones(_BLOCK_BYTES // 8, dtype=torch.int64)
-    rates = Rates(gemm, _BLOCK_BYTES / _median_seconds(lambda: host.sum(), where))
-    if where.type != "cpu":
-        pinned, there = host.pin_memory(), host.to(where)
-        rates = replace(
-            rates,
-            h2d_bytes_per_s=_BLOCK_BYTES / _median_seconds(lambda: there.copy_(pinned, non_blocking=True), where),
-            d2h_bytes_per_s=_BLOCK_BYTES / _median_seconds(lambda: pinned.copy_(there, non_blocking=True), where),
-        )
+    torch.set_num_threads(machine.cores)
+    compute = _compute_dtype(machine)
+    rates = Rates()
+    with _measuring("the fixed time of a pass, in a tiny model"):
+        rates = replace(rates, **engine_rates.fixed_seconds(machine, _STORED, compute))
+    rates = replace(rates, runtime_bytes=_resident_bytes())  # all is imported and compiled, nothing large is held yet
+    rates = replace(_host_rates(rates, model_uri), **_device_rates(where, compute))
+    with _measuring("passes of a small model"):
+        rates = replace(rates, **engine_rates.rest_seconds(machine, _STORED, compute, rates))
     return replace(machine, rates=rates)
 
 
-@torch.inference_mode()
-def gemm_flops_per_s(device: torch.device, dtype: torch.dtype, rows: int) -> float:
-    """Rate of `[rows, 1024] @ [1024, 768]` over two dozen weights in turn, as an expert stage meets them."""
-    weights = torch.randn(_WEIGHTS, _OUT, _IN, device=device).to(dtype)
-    x = torch.randn(rows, _IN, device=device).to(dtype)
-
-    def sweep() -> None:
-        for weight in weights:
-            F.linear(x, weight)
-
-    return 2 * rows * _OUT * _IN * _WEIGHTS / _median_seconds(sweep, device)
+def _compute_dtype(machine: Machine) -> torch.dtype:
+    """What the planner will choose for the usual checkpoint."""
+    return torch.bfloat16 if machine.native_bf16 else torch.float32
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    work()
-    times = []
-    for _ in range(repeats):
-        _synchronize(device)
-        started = time.perf_counter()
-        work()
-        _synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def _host_rates(rates: Rates, model_uri: str | None) -> Rates:
+    with _measuring("reads of host memory"):
+        rates = replace(rates, dram_read_bytes_per_s=machine_rates.dram_read_bytes_per_s())
+    with _measuring(f"direct reads of {model_uri or 'a temporary file'}"):
+        rates = replace(rates, disk_bytes_per_s=machine_rates.disk_bytes_per_s(model_uri, _READER_THREADS))
+    with _measuring("the placing of expert weights"):
+        rates = replace(rates, place_bytes_per_s=machine_rates.place_bytes_per_s(_STORED))
+    with _measuring("decode attention on the host"):
+        return replace(rates, decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED))
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _device_rates(where: torch.device, compute: torch.dtype) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with _measuring(f"dense linear layers on {where}"):
+        found["linear_flops_per_s"] = {_name(compute): engine_rates.linear_flops_per_s(where, _STORED, compute)}
+    with _measuring(f"the expert stage on {where}"):
+        found["expert_flops_per_s"] = {
+            _name(stored): engine_rates.expert_flops_per_s(where, stored, compute, sizes)
+            for stored, sizes in _EXPERT_SIZES.items()
+        }
+    with _measuring(f"attention of prompts on {where}"):
+        found["prefill_flops_per_s"] = engine_rates.prefill_flops_per_s(where, _STORED, compute)
+    with _measuring(f"sampling on {where}"):
+        found["logit_s"] = engine_rates.logit_seconds(where)
+    if where.type != "cpu":
+        with _measuring(f"the link to {where}"):
+            found |= machine_rates.link_bytes_per_s(where)
+        with _measuring(f"decode attention on {where}"):
+            found["device_decode_bytes_per_s"] = engine_rates.device_decode_bytes_per_s(where)
+    return found
+
+
+@contextmanager
+def _measuring(what: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    except MoegenError as error:
+        raise type(error)(f"moegen probe: could not measure {what}: {error}") from error
+    except (RuntimeError, OSError, MemoryError) as error:
+        raise MoegenError(f"moegen probe: could not measure {what}: {type(error).__name__}: {error}") from error
+    log.info("measured %s in %.1f s", what, time.monotonic() - started)
+
+
+def _resident_bytes() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS")), None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

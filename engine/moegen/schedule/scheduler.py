@@ -5,6 +5,8 @@ Invariants:
 - A sequence is admitted only with pages for all its tokens; it grows page by page while it decodes.
 - When no page is free the youngest sequence is preempted: its pages go back, its tokens stay, and it is
   computed again later. Sampling depends on (seed, row, position) alone, so its answer does not change.
+- Rows are drawn a window at a time, and those that may answer longest enter first: the last rows in flight are short
+  ones, and the job's tail is. A window is admitted whole before the next is drawn, so that no row waits for ever.
 - The oldest sequence is never preempted for another, and no sequence is admitted that could outgrow the whole
   pool: so the oldest always ends, and admission cannot livelock.
 """
@@ -19,6 +21,8 @@ from moegen.schedule.pages import PageLedger
 from moegen.schedule.sequence import Finished, Request, Sequence
 from moegen.schedule.step import Chunk, Step
 
+WINDOW_ROWS = 1024  # read ahead of admission, to be put in order
+
 
 class Scheduler:
     """Turns a stream of requests into passes.
@@ -27,17 +31,25 @@ class Scheduler:
     repeat until it returns None. `refused` collects rows that can never fit.
     """
 
-    def __init__(self, requests: Iterable[Request], ledger: PageLedger, pass_tokens: int) -> None:
+    def __init__(
+        self, requests: Iterable[Request], ledger: PageLedger, pass_tokens: int, window: int = WINDOW_ROWS
+    ) -> None:
         self.ledger = ledger
         self.pass_tokens = pass_tokens
         self.running: list[Sequence] = []  # oldest first
         self.refused: list[Finished] = []
-        self._waiting: deque[Sequence] = deque()  # preempted, or pulled but not yet admitted
+        self._window = window
+        self._waiting: deque[Sequence] = deque()  # preempted, or drawn but not yet admitted
         self._requests: Iterator[Request] = iter(requests)
-        self._pulled = 0
+        self._drawn = 0
 
     def next_step(self) -> Step | None:
         """The next pass, or None when every request has ended (rows newly refused may remain in `refused`)."""
+        chunks = self.next_chunks()
+        return Step(chunks, self.ledger.page_tokens) if chunks else None
+
+    def next_chunks(self) -> list[Chunk]:
+        """What makes the next pass, decode tokens first."""
         self._grow_running()
         chunks, room = [], self.pass_tokens
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):  # decode first; stable: oldest first
@@ -49,7 +61,7 @@ class Scheduler:
             length = min(admitted.pending, room)
             chunks.append(Chunk(admitted, 0, length))
             room -= length
-        return Step(chunks, self.ledger.page_tokens) if chunks else None
+        return chunks
 
     def end(self, sequence: Sequence) -> None:
         """The sequence is done: its pages are free at once."""
@@ -73,7 +85,7 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Moves the next sequence from waiting to running if its pages are free, with a page of growth for each."""
-        if len(self.running) >= self.pass_tokens or not (self._waiting or self._pull()):
+        if len(self.running) >= self.pass_tokens or not (self._waiting or self._draw()):
             return None
         sequence = self._waiting[0]
         needed = self.ledger.pages_for(len(sequence.tokens))
@@ -86,16 +98,21 @@ class Scheduler:
         self.running.sort(key=lambda s: s.order)
         return sequence
 
-    def _pull(self) -> bool:
-        """Draws requests until one can fit; those that never will are refused with a status."""
+    def _draw(self) -> bool:
+        """Draws the next window, if there is one; rows that can never fit are refused with a status."""
+        drawn: list[Request] = []
         for request in self._requests:
             tokens = len(request.token_ids) + request.params.max_tokens
             if tokens <= self.ledger.capacity_tokens:
-                self._waiting.append(Sequence(request, self._pulled, list(request.token_ids)))
-                self._pulled += 1
-                return True
-            self.refused.append(_never_fits(request, tokens, self.ledger.capacity_tokens))
-        return False
+                drawn.append(request)
+            else:
+                self.refused.append(_never_fits(request, tokens, self.ledger.capacity_tokens))
+            if len(drawn) == self._window:
+                break
+        for request in sorted(drawn, key=lambda r: -r.params.max_tokens):  # stable: else as they came
+            self._waiting.append(Sequence(request, self._drawn, list(request.token_ids)))
+            self._drawn += 1
+        return bool(drawn)
 
 
 def _never_fits(request: Request, tokens: int, capacity_tokens: int) -> Finished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,27 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeSpans:
+    """Spans of one token each, as arrays: `page_ids[page_starts[s] : page_starts[s + 1]]` are the pages of span s."""
+
+    rows: Ints  # [S] the token's index in the micro-batch
+    kv_lengths: Ints  # [S]
+    page_starts: Ints  # [S + 1]
+    page_ids: Ints
+
+    @classmethod
+    def of(cls, spans: list[Span]) -> DecodeSpans:
+        starts = np.zeros(len(spans) + 1, np.int64)
+        np.cumsum([len(span.pages) for span in spans], out=starts[1:])
+        return cls(
+            np.array([span.first for span in spans], np.int64),
+            np.array([span.kv_length for span in spans], np.int64),
+            starts,
+            np.array([page for span in spans for page in span.pages], np.int64),
+        )
+
+
+@dataclass(frozen=True)  # without slots: every layer asks for the same cached arrays
 class AttentionBatch:
     """Tokens `first .. first + length` of the pass, with the pages that their attention reads and writes.
 
@@ -50,6 +72,16 @@ class AttentionBatch:
     spans: tuple[Span, ...]
     write_pages: Ints  # [length] page of each token
     write_slots: Ints  # [length] its place in that page
+
+    @cached_property
+    def decode(self) -> DecodeSpans:
+        """The spans of one token."""
+        return DecodeSpans.of([span for span in self.spans if span.length == 1])
+
+    @cached_property
+    def prefill(self) -> tuple[Span, ...]:
+        """The longer spans."""
+        return tuple(span for span in self.spans if span.length > 1)
 
 
 class Step:

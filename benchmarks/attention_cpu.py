@@ -1,0 +1,221 @@
+"""CPU decode attention over paged bfloat16 keys and values, against its roofline and against torch's SDPA.
+
+The roofline of a case is min(DRAM read bandwidth, multiply-add rate / FLOPs per byte of keys and values); both rates
+are measured in the same run, between the rounds. torch's SDPA gets the same values laid out contiguously per sequence
+(no pages), once with `enable_gqa` and once with the query heads of a group as query rows of one KV head. Every round
+takes another layer's pages, so that none is in cache. The answers are compared before anything is timed.
+
+    python benchmarks/attention_cpu.py [--rounds 7] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from moegen.memory.kv_pool import KVPool, KVShape
+from moegen.ops.attention import AttentionRule, paged_attention
+from moegen.plan.machine import Machine
+from moegen.schedule.step import AttentionBatch, Span
+
+KV_HEADS, LAYERS = 4, 2
+DRAM_BYTES, GEMM_SIZE = 512 << 20, 1536
+
+
+@dataclass(frozen=True)
+class Case:
+    """`sequences` decode queries, each over `tokens` keys and values (ragged by a tenth either way)."""
+
+    sequences: int
+    tokens: int
+    heads: int
+    head_dim: int
+    page_tokens: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Ragged, the same in every run."""
+        dice = np.random.default_rng(self.tokens)
+        return [int(n) for n in dice.integers(self.tokens * 9 // 10, self.tokens * 11 // 10, self.sequences)]
+
+    @property
+    def kv_bytes(self) -> int:
+        """What one decode step has to read."""
+        return sum(self.lengths) * KV_HEADS * 2 * self.head_dim * 2
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Two products of 2 FLOPs per element and query head; 2 bytes an element."""
+        return self.heads / KV_HEADS * 2 / 2
+
+
+class Work:
+    """The queries of a case, its pages in shuffled order, and the same keys and values laid out for SDPA."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        used = [-(-n // case.page_tokens) for n in case.lengths]
+        order = np.random.default_rng(0).permutation(sum(used)).tolist()
+        spans = []
+        for row, (length, pages) in enumerate(zip(case.lengths, used, strict=True)):
+            spans.append(Span(row, 1, length, [order.pop() for _ in range(pages)]))
+        nothing = np.zeros(case.sequences, np.int64)
+        self.batch = AttentionBatch(0, case.sequences, tuple(spans), nothing, nothing)
+        shape = KVShape(KV_HEADS, case.head_dim, case.head_dim)
+        dtype, device = torch.bfloat16, torch.device("cpu")
+        pool = KVPool(dict.fromkeys(range(LAYERS), shape), sum(used), case.page_tokens, dtype, device)
+        self.layers = list(pool.layers.values())
+        for pages in self.layers:
+            _fill(pages.keys_PGCD)
+            _fill(pages.values_PGCD)
+        self.query_SHD = torch.randn(case.sequences, case.heads, case.head_dim)
+        self.rule = AttentionRule(case.head_dim**-0.5)
+
+    def ours(self, layer: int) -> torch.Tensor:
+        """`[S, H, D]`, from the pages."""
+        return paged_attention(self.query_SHD, self.layers[layer], self.batch, self.rule)
+
+    def laid_out(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[S, G, L, D]` each, as long as the shortest sequence: SDPA would need padding or a mask for the rest."""
+        shortest = min(self.case.lengths)
+        gathered = [self.layers[layer].gather(span, 0) for span in self.batch.spans]
+        keys, values = (torch.stack([pair[i][:, :shortest] for pair in gathered]) for i in (0, 1))
+        return keys, values
+
+    def sdpa(self, keys: torch.Tensor, values: torch.Tensor, *, gqa: bool) -> torch.Tensor:
+        """`[S, H, D]`; in bfloat16, since SDPA wants queries of the keys' dtype."""
+        query = self.query_SHD.to(keys.dtype)
+        query = query[:, :, None] if gqa else query.unflatten(1, (KV_HEADS, -1))
+        out = F.scaled_dot_product_attention(query, keys, values, scale=self.rule.scaling, enable_gqa=gqa)
+        return out.reshape(self.query_SHD.shape)
+
+    def check(self) -> float:
+        """The largest difference of our answers from the torch way's, both from the same bfloat16 pages."""
+        torch_way = paged_attention(self.query_SHD, self.layers[0], self.batch, self.rule, use_kernel=False)
+        error = float((self.ours(0) - torch_way).abs().max())
+        if not error < 1e-5:
+            raise SystemExit(f"{self.case}: the kernel and the torch way differ by {error}")
+        return error
+
+
+def _fill(pages: torch.Tensor) -> None:
+    """Normal values; a block repeated, since drawing them all takes longer than everything else here."""
+    block = torch.randn(1 << 16).bfloat16()
+    for part in pages.view(-1).split(len(block)):
+        part.copy_(block[: len(part)])
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(case: Case, rounds: int) -> dict[str, object]:
+    """All sides of a case, interleaved: rates of every round in bytes or FLOPs per second."""
+    work = Work(case)
+    error = work.check()
+    laid_out = [work.laid_out(layer) for layer in range(LAYERS)]
+    sdpa_bytes = sum(x.nbytes for x in laid_out[0])
+    block, matrix = torch.ones(DRAM_BYTES // 4), torch.randn(GEMM_SIZE, GEMM_SIZE)
+    rates: dict[str, list[float]] = {"kernel": [], "sdpa_gqa": [], "sdpa_rows": [], "dram": [], "gemm": []}
+    for number in range(rounds + 1):
+        layer = number % LAYERS
+        taken = {
+            "dram": DRAM_BYTES / seconds(block.sum),
+            "kernel": case.kv_bytes / seconds(lambda layer=layer: work.ours(layer)),
+            "gemm": 2 * GEMM_SIZE**3 / seconds(lambda: matrix @ matrix),
+            "sdpa_rows": sdpa_bytes / seconds(lambda layer=layer: work.sdpa(*laid_out[layer], gqa=False)),
+            "sdpa_gqa": sdpa_bytes / seconds(lambda layer=layer: work.sdpa(*laid_out[layer], gqa=True)),
+        }
+        if number:  # the first round warms up
+            for name, rate in taken.items():
+                rates[name].append(rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    roofline = min(medians["dram"], medians["gemm"] / case.flops_per_byte)
+    return {
+        "case": asdict(case),
+        "kv_bytes": case.kv_bytes,
+        "flops_per_kv_byte": case.flops_per_byte,
+        "largest_error": error,
+        "rates_per_s": rates,
+        "medians_per_s": medians,
+        "roofline_bytes_per_s": roofline,
+        "binds": "dram" if roofline == medians["dram"] else "multiply-add",
+        "fraction_of_roofline": medians["kernel"] / roofline,
+    }
+
+
+HEADER = (
+    ("sequences x tokens", 18), ("heads", 7), ("dim", 5), ("kernel", 8), ("SDPA rows", 11), ("SDPA gqa", 10),
+    ("DRAM", 8), ("FMA", 8), ("roofline", 10), ("fraction", 10),
+)  # fmt: skip
+
+
+def line(result: dict) -> str:
+    case, medians = result["case"], result["medians_per_s"]
+    giga = {name: rate / 1e9 for name, rate in medians.items()}
+    ceiling = giga["gemm"] / result["flops_per_kv_byte"]
+    return (
+        f"{case['sequences']:>8} x {case['tokens']:<8}{case['heads']:>6}{case['head_dim']:>5}{giga['kernel']:>8.2f}"
+        f"{giga['sdpa_rows']:>11.2f}{giga['sdpa_gqa']:>10.2f}{giga['dram']:>8.2f}{ceiling:>8.2f}"
+        f"{result['roofline_bytes_per_s'] / 1e9:>10.2f}{result['fraction_of_roofline']:>10.0%}"
+    )
+
+
+def cases(page_tokens: int, *, quick: bool) -> list[Case]:
+    if quick:
+        return [Case(8, 100, 16, 64, page_tokens)]
+    shapes = [(heads, dim) for heads in (16, 32) for dim in (64, 128)]
+    return [Case(s, t, heads, dim, page_tokens) for s, t in ((256, 300), (16, 8000)) for heads, dim in shapes]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--page-tokens", type=int, default=32)
+    parser.add_argument("--quick", action="store_true", help="one small case, to see that everything runs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention_cpu.json")
+    args = parser.parse_args()
+
+    started = time.perf_counter()
+    Work(Case(1, 8, 4, 8, args.page_tokens)).check()  # compiles
+    compile_seconds = time.perf_counter() - started
+    machine = Machine.detect("cpu")
+    print(f"{machine.device_name}, {torch.get_num_threads()} threads; first call {compile_seconds:.1f} s")
+    print("GB/s of keys and values (median); DRAM reads; FMA: fp32 GEMM rate / FLOPs per byte of keys and values")
+    print("".join(f"{name:>{width}}" for name, width in HEADER))
+    results = []
+    for case in cases(args.page_tokens, quick=args.quick):
+        results.append(measure(case, args.rounds))
+        print(line(results[-1]), flush=True)
+    lowest = min(float(result["fraction_of_roofline"]) for result in results)  # type: ignore[arg-type]
+    print(f"lowest fraction of the roofline: {lowest:.0%}")
+    if args.quick:
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "machine": {"cpu": machine.device_name, "cores": machine.cores, "threads": torch.get_num_threads()},
+        "versions": {
+            "torch": torch.__version__, "numba": numba.__version__, "python": platform.python_version()
+        },
+        "rounds": args.rounds,
+        "first_call_seconds": compile_seconds,
+        "cases": results,
+        "lowest_fraction_of_roofline": lowest,
+    }  # fmt: skip
+    args.out.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Reads of experts from the checkpoint: few and large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from moegen.memory.direct_read import READ_BYTES, DirectFiles, ReadBuffer
+from moegen.memory.stored_rows import StoredRows
+from moegen.ops.expert_weights import ExpertGroup
+from moegen.units import KIB, MIB
+
+_ENOUGH_BYTES = MIB  # a request of this size ends with an expert, so that experts can be left out
+_GAP_BYTES = 64 * KIB  # between two parts, sooner read than skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one projection."""
+
+    is_up: bool
+    rows: StoredRows
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """One read from one file, and the rows that it brings."""
+
+    file: str
+    start: int
+    nbytes: int
+    parts: tuple[Part, ...]
+
+    @property
+    def experts(self) -> frozenset[int]:
+        """Whose rows it brings, by their numbers in the layer."""
+        return frozenset(part.rows.expert for part in self.parts)
+
+    def read_into(self, group: ExpertGroup, files: DirectFiles, buffer: ReadBuffer) -> None:
+        """Reads and places. Raises `StorageError` when the disk or the file fails."""
+        data = files.read(self.file, self.start, self.nbytes, buffer)
+        for part in self.parts:
+            offset = part.rows.start - self.start
+            matrix = group.up if part.is_up else group.down
+            part.rows.place(data[offset : offset + part.rows.nbytes], matrix, group.first)
+
+
+def coalesced(parts: Iterable[Part]) -> Iterator[ReadRequest]:
+    """In the order of the files; neighbours become one request."""
+    together: list[Part] = []
+    for part in sorted(parts, key=lambda part: (part.rows.file, part.rows.start)):
+        if together and not _neighbours(together[0].rows, together[-1].rows, part.rows):
+            yield _request(together)
+            together = []
+        together.append(part)
+    if together:
+        yield _request(together)
+
+
+def _neighbours(first: StoredRows, last: StoredRows, rows: StoredRows) -> bool:
+    near = rows.file == first.file and rows.start - last.end <= _GAP_BYTES and rows.end - first.start <= READ_BYTES
+    return near and (rows.expert == last.expert or last.end - first.start < _ENOUGH_BYTES)
+
+
+def _request(parts: list[Part]) -> ReadRequest:
+    start, end = parts[0].rows.start, max(part.rows.end for part in parts)
+    return ReadRequest(parts[0].rows.file, start, end - start, tuple(parts))

@@ -1,0 +1,264 @@
+"""The expert GEMM on the CPU: few rows against many weights, read once, in the dtype in which they are stored.
+
+BLAS libraries lay a weight matrix out anew at every call, which at a handful of rows costs more than the product. Here
+weights lie in *panels* from the start: `PANEL` output features side by side, input after input. A tile of up to
+`_TILE_ROWS` rows keeps its sums in vector registers while it walks down a panel: per input, the panel's weights are
+loaded and widened to float32 once, and every row adds one broadcast and one multiply-add per vector. A bfloat16 or
+float16 weight therefore costs two bytes of memory traffic and no accuracy: the arithmetic is float32.
+
+Every output is one sum over the inputs in their order, whatever tile its row falls into: a row's result depends neither
+on the rows beside it nor on the number of threads.
+
+Compiled by Numba at first use (and cached on disk), so that installing needs no compiler. The tile is written as LLVM
+vector operations, since auto-vectorisation does not keep its sums in registers.
+
+Shape suffixes: T tokens, S rows sorted by expert, E experts, I inputs, O outputs, N panels, P = PANEL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What fits the vector registers: `rows * vectors` sums, the weights of one input, one broadcast."""
+
+    lanes: int  # float32 per vector
+    vectors: int  # per panel; even, since bfloat16 weights lie in pairs
+    rows: int
+
+
+def _host_tile() -> _Tile:
+    features = binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return _Tile(lanes=16, vectors=2, rows=14)  # 32 registers
+    if features.get("neon"):
+        return _Tile(lanes=4, vectors=4, rows=6)  # 32 registers
+    return _Tile(lanes=8, vectors=2, rows=6)  # 16 registers
+
+
+_TILE = _host_tile()
+PANEL = _TILE.lanes * _TILE.vectors
+_CACHE_LINE = 64
+_ROW_BLOCK = 12 * _TILE.rows  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
+
+BFLOAT16_BITS, FLOAT16_BITS = types.uint16, types.int16  # Numba has neither dtype: their bits travel so
+_BYTE, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VECTOR, _WORDS = ir.VectorType(_F32, _TILE.lanes), ir.VectorType(_I32, _TILE.lanes)
+
+
+def panel_places(bfloat16: bool) -> np.ndarray:
+    """Where each of a panel's `PANEL` output features lies among the values of one input, `[P]`.
+
+    Two vectors of bfloat16 share their 32-bit words, one in the lower halves and one in the upper, so that widening
+    is one shift or one mask.
+    """
+    feature = np.arange(PANEL)
+    if not bfloat16:
+        return feature
+    vector, lane = np.divmod(feature, _TILE.lanes)
+    return vector // 2 * (2 * _TILE.lanes) + 2 * lane + vector % 2
+
+
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
+
+
+def _splat(value: int) -> ir.Constant:
+    return ir.Constant(_WORDS, [value] * _TILE.lanes)
+
+
+def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> list[ir.Value]:
+    """The float32 vectors of one input's `PANEL` weights."""
+
+    def load(kind: ir.Type, index: int) -> ir.Value:
+        place = b.gep(b.bitcast(pointer, kind.as_pointer()), [_constant(index)])
+        return b.load(place, align=2)
+
+    if stored == types.float32:
+        return [load(_VECTOR, v) for v in range(_TILE.vectors)]
+    if stored == FLOAT16_BITS:
+        halves = ir.VectorType(ir.HalfType(), _TILE.lanes)
+        return [b.fpext(load(halves, v), _VECTOR) for v in range(_TILE.vectors)]
+    assert stored == BFLOAT16_BITS
+    words = [load(_WORDS, pair) for pair in range(_TILE.vectors // 2)]
+    halves_of = ((b.shl(word, _splat(16)), b.and_(word, _splat(0xFFFF0000))) for word in words)
+    return [b.bitcast(half, _VECTOR) for pair in halves_of for half in pair]
+
+
+def _broadcast(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    first = b.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return b.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * _TILE.lanes))
+
+
+@intrinsic
+def _tile(
+    typing: Any, rows: Any, x: Any, tokens: Any, row: Any, panels: Any, expert: Any, panel: Any, out: Any, part: Any,
+    parts: Any,
+) -> Any:  # fmt: skip
+    """`out[row : row + rows, panel * P : (panel + 1) * P] = x[tokens[row : row + rows]] @ panels[expert, panel]`.
+
+    It is the tile `part` of `parts` that meet this panel, and fetches its share of the panel that follows in memory:
+    else the first tile would wait for memory and the others leave it idle.
+    """
+    stored = panels.dtype
+    signature = types.void(
+        types.intp, x, tokens, types.intp, panels, types.intp, types.intp, out, types.intp, types.intp
+    )
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        rows, _, _, row, _, expert, panel, _, part, parts = args
+        x_view, tokens_view, panels_view, out_view = (
+            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4, 7)
+        )
+        inputs = cgutils.unpack_tuple(b, x_view.shape)[1]
+        outputs = cgutils.unpack_tuple(b, out_view.shape)[1]
+        panels_per_expert = cgutils.unpack_tuple(b, panels_view.shape)[1]
+        row_tokens = b.gep(tokens_view.data, [row])
+        out_row = b.gep(out_view.data, [b.add(b.mul(row, outputs), b.mul(panel, _constant(PANEL)))])
+        index = b.mul(b.add(b.mul(expert, panels_per_expert), panel), b.mul(inputs, _constant(PANEL)))
+        weights = b.gep(panels_view.data, [index])
+        following = b.bitcast(b.gep(weights, [b.mul(inputs, _constant(PANEL))]), _BYTE.as_pointer())
+        input_bytes = _constant(PANEL * stored.bitwidth // 8)
+        ahead = b.gep(following, [b.sdiv(b.mul(b.mul(part, inputs), input_bytes), parts)])
+        ahead_step = b.sdiv(input_bytes, parts)
+        end = b.append_basic_block("tile.end")
+        choice = b.switch(rows, end)
+        for count in range(1, _TILE.rows + 1):
+            block = b.append_basic_block(f"tile.{count}")
+            choice.add_case(_constant(count), block)
+            b.position_at_end(block)
+            places = [b.load(b.gep(row_tokens, [_constant(r)])) for r in range(count)]
+            x_rows = [b.gep(x_view.data, [b.mul(place, inputs)]) for place in places]
+            _emit_rows(b, x_rows, inputs, weights, stored, out_row, outputs, ahead, ahead_step)
+            b.branch(end)
+        b.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_rows(
+    b: ir.IRBuilder, x_rows: list[ir.Value], inputs: ir.Value, weights: ir.Value, stored: Any, out: ir.Value,
+    outputs: ir.Value, ahead: ir.Value, ahead_step: ir.Value,
+) -> None:  # fmt: skip
+    """The loop over inputs for a tile of these rows; its sums are values of the loop, hence registers."""
+    fma_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    fma = cgutils.get_or_insert_function(b.module, fma_type, f"llvm.fma.v{_TILE.lanes}f32")
+    before, loop, after = b.block, b.append_basic_block("inputs"), b.append_basic_block("sums")
+    b.branch(loop)
+    b.position_at_end(loop)
+    i = b.phi(_I64)
+    sums = [[b.phi(_VECTOR) for _ in range(_TILE.vectors)] for _ in x_rows]
+    _emit_prefetch(b, b.gep(ahead, [b.mul(i, ahead_step)]), PANEL * stored.bitwidth // 8)
+    vectors = _load_weights(b, b.gep(weights, [b.mul(i, _constant(PANEL))]), stored)
+    more = []
+    for x_row, sum_row in zip(x_rows, sums, strict=True):
+        value = _broadcast(b, b.load(b.gep(x_row, [i])))
+        more.append([b.call(fma, [value, vector, s]) for vector, s in zip(vectors, sum_row, strict=True)])
+    following = b.add(i, _constant(1))
+    b.cbranch(b.icmp_signed("<", following, inputs), loop, after)
+    i.add_incoming(_constant(0), before)
+    i.add_incoming(following, loop)
+    for sum_row, more_row in zip(sums, more, strict=True):
+        for s, m in zip(sum_row, more_row, strict=True):
+            s.add_incoming(ir.Constant(_VECTOR, [0.0] * _TILE.lanes), before)
+            s.add_incoming(m, loop)
+    b.position_at_end(after)
+    for r, more_row in enumerate(more):
+        for v, m in enumerate(more_row):
+            place = b.gep(out, [b.add(b.mul(outputs, _constant(r)), _constant(v * _TILE.lanes))])
+            b.store(m, b.bitcast(place, _VECTOR.as_pointer()), align=4)
+
+
+def _emit_prefetch(b: ir.IRBuilder, place: ir.Value, length: int) -> None:
+    """Of every cache line in `length` bytes, for reading, into the second-level cache."""
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
+    for offset in range(0, length, _CACHE_LINE):
+        b.call(prefetch, [b.gep(place, [_constant(offset)]), *(ir.Constant(_I32, value) for value in (0, 2, 1))])
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # type: ignore[no-untyped-def]
+    """`out[starts[e] : starts[e + 1]] = x[tokens[starts[e] : starts[e + 1]]] @ W[e].T` for every expert, O = N * P.
+
+    The work is cut between threads by rows times panels, so that a popular expert is shared by several.
+    """
+    experts, panels = panels_ENIP.shape[:2]
+    rows_total = starts_E1[experts]
+    for thread in numba.prange(threads):
+        work_from = rows_total * panels * thread // threads
+        work_to = rows_total * panels * (thread + 1) // threads
+        for expert in range(experts):
+            first = starts_E1[expert]
+            rows = starts_E1[expert + 1] - first
+            if rows == 0 or work_to <= first * panels or work_from >= (first + rows) * panels:
+                continue
+            panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
+            panel_to = min((work_to - first * panels + rows - 1) // rows, panels)
+            for block in range(0, rows, _ROW_BLOCK):
+                block_rows = min(rows - block, _ROW_BLOCK)
+                tiles = (block_rows + _TILE_ROWS - 1) // _TILE_ROWS
+                for panel in range(panel_from, panel_to):
+                    for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
+                        top = block_rows * tile // tiles
+                        height = block_rows * (tile + 1) // tiles - top
+                        _tile(
+                            height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, panel, out_SO, tile, tiles
+                        )
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def add_weighted_rows(out_TD, tokens_S, weights_S, answer_SD, threads):  # type: ignore[no-untyped-def]
+    """`out[tokens[s]] += weights[s] * answer[s]`, pair after pair; threads share the columns, so that none collide."""
+    width = out_TD.shape[1]
+    for thread in numba.prange(threads):
+        left, right = width * thread // threads, width * (thread + 1) // threads
+        for s in range(tokens_S.shape[0]):
+            token, weight = tokens_S[s], weights_S[s]
+            for d in range(left, right):
+                out_TD[token, d] += weight * answer_SD[s, d]
+
+
+_TILE_ROWS = _TILE.rows
+_PACK_INPUTS = 128  # inputs packed at a time: their part of a panel stays in the first-level cache
+
+
+@numba.njit(nogil=True, cache=True)
+def pack_rows(panels_NIP, first_row, rows_OI, places_P):  # type: ignore[no-untyped-def]
+    """Output features `first_row ..` of one expert, stored row after row, into its panels."""
+    count, inputs = rows_OI.shape
+    row = 0
+    while row < count:
+        panel = (first_row + row) // PANEL
+        feature = (first_row + row) % PANEL
+        beside = min(PANEL - feature, count - row)
+        for i_from in range(0, inputs, _PACK_INPUTS):
+            i_to = min(i_from + _PACK_INPUTS, inputs)
+            for r in range(beside):
+                place = places_P[feature + r]
+                for i in range(i_from, i_to):
+                    panels_NIP[panel, i, place] = rows_OI[row + r, i]
+        row += beside
+
+
+@numba.njit(nogil=True, cache=True)
+def pack_transposed(panels_NIP, matrix_IO, places_P):  # type: ignore[no-untyped-def]
+    """One expert's matrix, stored input after input, into its panels."""
+    inputs, outputs = matrix_IO.shape
+    for panel in range(panels_NIP.shape[0]):
+        features = min(PANEL, outputs - panel * PANEL)
+        for i in range(inputs):
+            for f in range(features):
+                panels_NIP[panel, i, places_P[f]] = matrix_IO[i, panel * PANEL + f]

@@ -1,0 +1,176 @@
+"""Expert weights in the form in which the device multiplies them: panels on a CPU, plain matrices elsewhere.
+
+Shape suffixes: E experts of the block, O output features, I input features, T tokens, S rows
+sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from moegen.ops.expert_kernel import PANEL, grouped_panels, pack_rows, pack_transposed, panel_places
+from moegen.ops.threads import numba_threads
+
+UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernel knows them
+
+
+class ExpertMatrix(Protocol):
+    """One projection of several experts: E matrices of `[out_features, in_features]`."""
+
+    experts: int
+    out_features: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+    def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
+        """Sets output features `first_row ..` of one expert. Distinct rows may be placed by several threads."""
+        ...
+
+    def place_transposed(self, expert: int, matrix_IO: torch.Tensor) -> None:
+        """Sets one expert's whole matrix from its transpose."""
+        ...
+
+    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+        """`[S, O]`: the next `counts[e]` rows of `x[tokens]`, or of `x` itself, times expert e's matrix."""
+        ...
+
+
+class PanelMatrix:
+    """In panels for `grouped_panels`: weights as stored (float32, bfloat16, float16), arithmetic in float32."""
+
+    def __init__(self, experts: int, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+        self.experts, self.out_features, self.in_features = experts, out_features, in_features
+        self.dtype = dtype
+        panels = -(-out_features // PANEL)
+        self._places = panel_places(dtype == torch.bfloat16)
+        # Zeros, as nothing is placed in the last panel's features beyond `out_features`.
+        self._panels_ENIP = _bits(torch.zeros(experts, panels, in_features, PANEL, dtype=dtype))
+
+    @property
+    def nbytes(self) -> int:
+        return self._panels_ENIP.nbytes
+
+    def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
+        pack_rows(self._panels_ENIP[expert], first_row, _bits(rows_OI.to(self.dtype)), self._places)
+
+    def place_transposed(self, expert: int, matrix_IO: torch.Tensor) -> None:
+        pack_transposed(self._panels_ENIP[expert], _bits(matrix_IO.to(self.dtype)), self._places)
+
+    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+        starts = np.zeros(self.experts + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
+        out_SO = torch.empty(len(tokens), self._panels_ENIP.shape[1] * PANEL)
+        with numba_threads() as threads:
+            grouped_panels(
+                x_TI.float().contiguous().numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads
+            )
+        return out_SO[:, : self.out_features]
+
+
+class PlainMatrix:
+    """As torch multiplies them."""
+
+    def __init__(
+        self, experts: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.experts, self.out_features, self.in_features = experts, out_features, in_features
+        self.weight_EOI = torch.empty(experts, out_features, in_features, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_EOI.nbytes
+
+    def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
+        self.weight_EOI[expert, first_row : first_row + rows_OI.shape[0]].copy_(rows_OI)
+
+    def place_transposed(self, expert: int, matrix_IO: torch.Tensor) -> None:
+        self.weight_EOI[expert].copy_(matrix_IO.T)
+
+    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+        x_SI = x_TI if tokens_S is None else x_TI[tokens_S]
+        weight_EIO = self.weight_EOI.transpose(1, 2)
+        if x_SI.dtype not in (torch.float32, torch.bfloat16):
+            return torch.cat([x @ w for x, w in zip(x_SI.split(list(counts)), weight_EIO, strict=True)])
+        offsets_E = torch.tensor(counts, device=x_SI.device).cumsum(0).to(torch.int32)
+        return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Consecutive experts `first ..` of one layer: what moves as one piece."""
+
+    first: int
+    up: ExpertMatrix  # gate_up_proj, or up_proj of experts without a gate
+    down: ExpertMatrix
+
+    @property
+    def experts(self) -> int:
+        return self.up.experts
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+
+class ExpertSupply(Protocol):
+    """Where a layer's expert groups come from."""
+
+    def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:
+        """The groups that have tokens, in expert order; each is lent until the next is asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResidentExperts:
+    """A layer whose groups all stay on the device."""
+
+    groups: tuple[ExpertGroup, ...]
+
+    def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:
+        return (group for group in self.groups if any(counts_E[group.first : group.first + group.experts]))
+
+
+def resident_experts(module: Any, dtype: torch.dtype) -> ResidentExperts:
+    """Takes a loaded transformers experts module's own weights out of it, as one group, kept in `dtype`."""
+    group = ExpertGroup(0, _taken(module, UP[module.has_gate], dtype), _taken(module, "down_proj", dtype))
+    return ResidentExperts((group,))
+
+
+def _taken(module: Any, name: str, dtype: torch.dtype) -> ExpertMatrix:
+    weight = getattr(module, name)
+    delattr(module, name)
+    experts, rows, columns = weight.shape
+    features = (columns, rows) if module.is_transposed else (rows, columns)
+    matrix = expert_matrix(experts, *features, dtype, weight.dtype, weight.device)
+    for expert in range(experts):
+        if module.is_transposed:
+            matrix.place_transposed(expert, weight[expert])
+        else:
+            matrix.place(expert, 0, weight[expert])
+    return matrix
+
+
+def expert_matrix(
+    experts: int, out_features: int, in_features: int, dtype: torch.dtype, compute_dtype: torch.dtype,
+    device: torch.device,
+) -> ExpertMatrix:  # fmt: skip
+    """An empty one, in the form in which `device` multiplies in `compute_dtype`."""
+    if device.type == "cpu" and compute_dtype == torch.float32:
+        return PanelMatrix(experts, out_features, in_features, dtype)
+    return PlainMatrix(experts, out_features, in_features, compute_dtype, device)

@@ -1,0 +1,23 @@
+"""Numba's threads beside torch's: as many, of the same pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numba
+import torch
+
+
+@contextmanager
+def numba_threads() -> Iterator[int]:
+    """For a compiled parallel call: gives Numba torch's number of threads, and that number.
+
+    Numba and torch share one OpenMP, and starting Numba's threads resets the number that torch uses.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield numba.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,100 @@
+"""What a model takes of memory, piece by piece."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moegen.shape import DTYPE_BYTES, ModelShape
+
+# A group is what one read of a few MiB at a time fills while another is multiplied: large enough that a take costs
+# nothing beside it, small enough that a layer has many, for budgets are spent in groups of every layer.
+_GROUP_BYTES = (16 << 20, 100 << 20)
+_GROUPS_OF_A_LAYER = 16
+_LOGIT_BYTES = 128 << 20
+_TOKENIZER_BYTES = 512  # per entry of the vocabulary: strings, ids and merges
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model's pieces, in the dtypes in which they lie in memory."""
+
+    shape: ModelShape
+    compute_dtype: str
+    expert_dtype: str
+    kv_dtype: str
+    fixed_group_experts: int | None = None  # named by the job
+
+    @property
+    def dense(self) -> int:
+        """Weights outside the experts: linear layers as experts are kept, embeddings in the dtype of arithmetic."""
+        embedding = self.shape.vocab_size * self.shape.hidden_size
+        linear = self.shape.weights - self.shape.expert_weights - embedding
+        return linear * DTYPE_BYTES[self.expert_dtype] + embedding * DTYPE_BYTES[self.compute_dtype]
+
+    @property
+    def dense_loading(self) -> int:
+        """The same weights while the model is loaded, all of them in the dtype of arithmetic."""
+        return (self.shape.weights - self.shape.expert_weights) * DTYPE_BYTES[self.compute_dtype]
+
+    @property
+    def experts(self) -> int:
+        return self.shape.expert_weights * DTYPE_BYTES[self.expert_dtype]
+
+    @property
+    def expert_elements(self) -> int:
+        """Parameters of one expert of one layer."""
+        return self.shape.expert_weights // max(self.shape.moe_layers * self.shape.experts, 1)
+
+    @property
+    def expert(self) -> int:
+        """Bytes of one expert of one layer."""
+        return self.expert_elements * DTYPE_BYTES[self.expert_dtype]
+
+    @property
+    def group_experts(self) -> int:
+        """Experts per group where groups move: a layer's are of one size, or nearly."""
+        if self.fixed_group_experts or not self.shape.experts:
+            return min(self.fixed_group_experts or 0, self.shape.experts)
+        layer = self.expert * self.shape.experts
+        smallest, largest = _GROUP_BYTES
+        groups = -(-layer // min(max(layer // _GROUPS_OF_A_LAYER, smallest), largest))
+        return -(-self.shape.experts // min(groups, self.shape.experts))
+
+    @property
+    def groups(self) -> int:
+        return -(-self.shape.experts // self.group_experts) if self.shape.experts else 0
+
+    @property
+    def group(self) -> int:
+        """One whole group of one layer."""
+        return self.expert * self.group_experts
+
+    def groups_of_every_layer(self, count: int) -> int:
+        """The first `count` groups of every layer."""
+        return self.shape.moe_layers * min(count * self.group_experts, self.shape.experts) * self.expert
+
+    def page(self, page_tokens: int) -> int:
+        return self.shape.kv_per_token * DTYPE_BYTES[self.kv_dtype] * page_tokens
+
+    @property
+    def logit_tokens(self) -> int:
+        """Tokens whose logits, with the copies that sampling makes, take a bounded piece of memory."""
+        return max(_LOGIT_BYTES // (3 * 4 * self.shape.vocab_size), 16)
+
+    def activations(self, pass_tokens: int, attention_tokens: int, expert_tokens: int) -> int:
+        """At their peak, in float32 throughout: of a pass, with an attention batch, an expert chunk or logits."""
+        shape = self.shape
+        whole = pass_tokens * (6 * shape.hidden_size + 2 * shape.experts)
+        attention = attention_tokens * (3 * shape.attention_width + 2 * shape.hidden_size)
+        experts = expert_tokens * (2 * shape.hidden_size + 3 * self.expert_width)
+        logits = 3 * min(pass_tokens, self.logit_tokens) * shape.vocab_size
+        return 4 * (whole + max(attention, experts, logits))
+
+    @property
+    def expert_width(self) -> int:
+        """The inner width of one expert (of three matrices: gate, up and down)."""
+        return self.expert_elements // (3 * self.shape.hidden_size)
+
+    @property
+    def tokenizer(self) -> int:
+        return self.shape.vocab_size * _TOKENIZER_BYTES

@@ -1,0 +1,78 @@
+"""A plan, how fast it will go, and what more memory would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moegen.plan.footprint import Footprint
+from moegen.plan.machine import Machine
+from moegen.plan.plan import Plan
+from moegen.plan.predict import Prediction, predict
+from moegen.plan.search import choose_plan
+from moegen.plan.workload import UNKNOWN, Workload
+from moegen.shape import ModelShape
+from moegen.spec import Engine
+from moegen.units import GIB, parse_bytes
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What `moegen plan` says. Without measured rates, or without knowing the work, only the plan."""
+
+    plan: Plan
+    workload: Workload | None = None
+    prediction: Prediction | None = None
+    host_gib_tokens_per_s: float | None = None  # what one more GiB of host memory would add
+    device_gib_tokens_per_s: float | None = None
+
+    @classmethod
+    def of(cls, shape: ModelShape, machine: Machine, engine: Engine, dtype: str, workload: Workload | None) -> Outlook:
+        """Raises `BudgetError` when nothing fits."""
+        plan = choose_plan(shape, machine, engine, dtype, workload or UNKNOWN)
+        if workload is None or not machine.rates.measured:
+            return cls(plan, workload)
+
+        def with_more(host: int, device: int) -> float:
+            larger, asked = _larger(machine, engine, host, device)
+            return _predicted(shape, larger, choose_plan(shape, larger, asked, dtype, workload), workload).rate
+
+        prediction = _predicted(shape, machine, plan, workload)
+        return cls(
+            plan,
+            workload,
+            prediction,
+            with_more(GIB, 0) - prediction.rate,
+            with_more(0, GIB) - prediction.rate if machine.device != "cpu" else None,
+        )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The plan, flat, with the prediction (or null) beside it."""
+        return {
+            **self.plan.to_mapping(),
+            "prediction": None if self.prediction is None else self.prediction.to_mapping(),
+            "host_gib_tokens_per_s": self.host_gib_tokens_per_s,
+            "device_gib_tokens_per_s": self.device_gib_tokens_per_s,
+        }
+
+
+def _predicted(shape: ModelShape, machine: Machine, plan: Plan, workload: Workload) -> Prediction:
+    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+    return predict(footprint, plan, machine.rates, workload)
+
+
+def _larger(machine: Machine, engine: Engine, host: int, device: int) -> tuple[Machine, Engine]:
+    """The same with so many more bytes, also in the budgets that the job names."""
+    larger = replace(
+        machine,
+        host_memory_bytes=machine.host_memory_bytes + host,
+        device_memory_bytes=machine.device_memory_bytes + device,
+    )
+    asked = replace(
+        engine, host_memory=_plus(engine.host_memory, host), device_memory=_plus(engine.device_memory, device)
+    )
+    return larger, asked
+
+
+def _plus(budget: str | None, more: int) -> str | None:
+    return None if budget is None else str(parse_bytes(budget, "budget") + more)

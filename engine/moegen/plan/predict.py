@@ -1,0 +1,151 @@
+"""How fast a job will go: the real scheduler over the job's lengths, each pass priced by the cost model.
+
+A large job is simulated smaller: a fraction of the rows with the same fraction of the pages and of the tokens per pass,
+and each pass counted as so much larger; and of many rows only as many as show the beginning, the steady state and the
+tail.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from moegen.plan.cost import CostModel, Load
+from moegen.plan.footprint import Footprint
+from moegen.plan.machine import Rates
+from moegen.plan.plan import Plan
+from moegen.plan.workload import Workload
+from moegen.schedule.pages import PageLedger
+from moegen.schedule.scheduler import WINDOW_ROWS, Scheduler
+from moegen.schedule.sequence import Request
+from moegen.schedule.step import Chunk
+from moegen.spec import Sampling
+
+_SIMULATED_SEQUENCES = 256  # in flight at once; more are simulated as so many
+_SIMULATED_ROWS = 6  # times the sequences in flight; beyond that the steady state goes on
+_STEPS = 200_000  # sequences times passes that are simulated at most, about
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A job's time, and what it goes by."""
+
+    seconds: float
+    generated_tokens: int
+    prompt_tokens: int
+    generated_tokens_per_s: float  # over the whole job
+    steady_tokens_per_s: float  # while rows are left to admit
+    tail_seconds: float  # from the last admission on
+    passes: int
+    binding: str  # the term that most time goes by
+    seconds_by_term: dict[str, float]  # terms overlap: their sum may be more than `seconds`
+
+    @property
+    def rate(self) -> float:
+        """Generated tokens per second over the whole job."""
+        return self.generated_tokens_per_s
+
+    def to_mapping(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def predict(footprint: Footprint, plan: Plan, rates: Rates, workload: Workload) -> Prediction:
+    """Simulates the job under `plan`. `rates` must be measured."""
+    scale = max(min(workload.concurrency(plan), workload.rows) / _SIMULATED_SEQUENCES, 1.0)
+    rows = max(round(workload.rows / scale), 1)
+    small = replace(
+        plan,
+        kv_pages=max(round(plan.kv_pages / scale), -(-workload.longest // plan.page_tokens)),
+        pass_tokens=max(round(plan.pass_tokens / scale), 1),
+    )
+    most = int(_SIMULATED_ROWS * max(workload.concurrency(small), 1))
+    simulated = min(rows, max(most, int(_STEPS / workload.mean_answer)))
+    run = simulate(small, replace(workload, rows=simulated), max(round(WINDOW_ROWS / scale), 1))
+    time = CostModel(footprint, plan, rates).time(run.load.scaled(scale))
+    return _summed(run, time.seconds, time.terms, scale, rows / simulated, workload)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the scheduler made of the rows."""
+
+    load: Load  # of every pass, as simulated
+    admitting: int  # passes until the last row had been admitted
+
+
+def _summed(
+    run: Run, seconds: np.ndarray, terms: dict[str, np.ndarray], scale: float, stretch: float, workload: Workload
+) -> Prediction:
+    """Sums over passes. Rows that were not simulated go at the steady state's rate, the second half of admission."""
+    sampled = run.load.sampled * scale
+    steady = slice(run.admitting // 2, run.admitting) if run.admitting > 1 else slice(0, len(seconds))
+    rate = float(sampled[steady].sum() / seconds[steady].sum())
+    missing = (stretch - 1) * float(sampled.sum())
+    total = float(seconds.sum()) + missing / rate
+    generated = float(sampled.sum()) + missing
+    share = {name: float(term.sum()) + missing / rate * _share(term, seconds, steady) for name, term in terms.items()}
+    return Prediction(
+        seconds=total,
+        generated_tokens=round(generated),
+        prompt_tokens=round(workload.mean_prompt * workload.rows),
+        generated_tokens_per_s=generated / total,
+        steady_tokens_per_s=rate,
+        tail_seconds=float(seconds[run.admitting :].sum()),
+        passes=round(len(seconds) + missing / max(float(sampled[steady].mean()), 1e-9)),
+        binding=max(share, key=lambda name: share[name]),
+        seconds_by_term=share,
+    )
+
+
+def _share(term: np.ndarray, seconds: np.ndarray, steady: slice) -> float:
+    return float(term[steady].sum() / seconds[steady].sum())
+
+
+def simulate(plan: Plan, workload: Workload, window: int = WINDOW_ROWS) -> Run:
+    """The passes that the scheduler makes of `workload` under `plan`."""
+    requests = list(_requests(workload))
+    scheduler = Scheduler(requests, PageLedger(plan.kv_pages, plan.page_tokens), plan.pass_tokens, window)
+    passes: list[tuple[float, ...]] = []
+    waiting, admitting = workload.rows, 0
+    while chunks := scheduler.next_chunks():
+        passes.append(_counted(chunks))
+        waiting -= sum(chunk.start == 0 for chunk in chunks)
+        admitting = len(passes) if waiting > 0 else admitting
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.length
+            if chunk.completes:
+                chunk.sequence.tokens.append(0)
+                if (
+                    len(chunk.sequence.tokens) - chunk.sequence.prompt_tokens
+                    == chunk.sequence.request.params.max_tokens
+                ):
+                    scheduler.end(chunk.sequence)
+    return Run(Load(*np.array(passes, np.float64).reshape(-1, 8).T), admitting)
+
+
+def _counted(chunks: list[Chunk]) -> tuple[float, ...]:
+    """The fields of `Load`, of one pass."""
+    tokens = sampled = decoding = kv = prefills = prefilled = pairs = 0
+    for chunk in chunks:
+        end = chunk.start + chunk.length
+        tokens += chunk.length
+        sampled += chunk.completes
+        if chunk.length == 1:
+            decoding, kv = decoding + 1, kv + end
+        else:
+            prefills, prefilled = prefills + 1, prefilled + chunk.length
+            pairs += (chunk.start + end + 1) * chunk.length // 2
+    return tokens, len(chunks), sampled, decoding, kv, prefills, prefilled, pairs
+
+
+def _requests(workload: Workload) -> Iterator[Request]:
+    """Lengths as they are where every row has its own, else drawn at random, the same ones each time."""
+    lengths = workload.lengths
+    dice = random.Random(0)
+    for row in range(workload.rows):
+        prompt, answer = lengths[row] if len(lengths) == workload.rows else dice.choice(lengths)
+        yield Request(row, (0,) * prompt, Sampling(max_tokens=answer))

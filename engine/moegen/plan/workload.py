@@ -1,0 +1,76 @@
+"""How much work a job is: its rows and the lengths of their prompts and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from moegen.plan.cost import Load
+from moegen.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`rows` rows whose lengths are drawn from `lengths`, each a (prompt tokens, answer tokens) pair, equally likely.
+
+    With as many lengths as rows, each row has its own.
+    """
+
+    rows: int
+    lengths: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, rows: int, prompt_tokens: Sequence[int], answer_tokens: Sequence[int]) -> Workload:
+        """Every prompt length with every answer length."""
+        return cls(rows, tuple((p, a) for p in prompt_tokens for a in answer_tokens))
+
+    @cached_property
+    def mean_prompt(self) -> float:
+        return float(np.mean([prompt for prompt, _ in self.lengths]))
+
+    @cached_property
+    def mean_answer(self) -> float:
+        return float(np.mean([answer for _, answer in self.lengths]))
+
+    @cached_property
+    def longest(self) -> int:
+        return max(prompt + answer for prompt, answer in self.lengths)
+
+    @cached_property
+    def mean_context(self) -> float:
+        """KV tokens of a running sequence, averaged over its life: long answers stay longer."""
+        prompts, answers = np.array(self.lengths, np.float64).T
+        return float(np.sum(answers * (prompts + answers / 2)) / np.sum(answers))
+
+    def concurrency(self, plan: Plan) -> float:
+        """Sequences in a pass of the steady state: as many as the pages, the pass's tokens and the rows allow."""
+        pages = plan.kv_pages * plan.page_tokens / (self.mean_context + 1.5 * plan.page_tokens)  # one page is reserved
+        tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self.mean_prompt - 1)
+        return min(max(pages, 1.0), max(tokens, 1.0), self.rows)
+
+    def steady_pass(self, plan: Plan) -> Load:
+        """The mean pass of the steady state, every field `[1]`."""
+        sequences = self.concurrency(plan)
+        starting = sequences / self.mean_answer  # of those sequences, in each pass
+        decoding = sequences - starting
+        return Load(
+            tokens=np.array([decoding + starting * self.mean_prompt]),
+            sequences=np.array([sequences]),
+            sampled=np.array([sequences]),
+            decode_sequences=np.array([decoding]),
+            decode_kv_tokens=np.array([decoding * self.mean_context]),
+            prefill_chunks=np.array([starting]),
+            prefill_tokens=np.array([starting * self.mean_prompt]),
+            prefill_pairs=np.array([starting * self._mean_pairs]),
+        )
+
+    @cached_property
+    def _mean_pairs(self) -> float:
+        return float(np.mean([prompt * (prompt + 1) / 2 for prompt, _ in self.lengths]))
+
+
+UNKNOWN = Workload.of(100_000, (128, 512, 1024), (64, 256))
+"""What plans are chosen for when nothing is known of the table."""

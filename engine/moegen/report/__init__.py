@@ -1,0 +1,1 @@
+"""A job's statistics as one page for people. No torch."""

@@ -1,0 +1,300 @@
+"""Rates of the engine's own operations, at the sizes that occur, over weights that do not fit a cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers.initialization import no_init_weights
+
+from moegen.memory.kv_pool import KVPool, KVShape
+from moegen.model.dense import PanelLinear
+from moegen.model.host import ModelHost, is_experts
+from moegen.model.seams import SEAMS
+from moegen.ops.attention import AttentionRule, paged_attention
+from moegen.ops.expert_weights import ExpertGroup, ResidentExperts, expert_matrix
+from moegen.ops.sampling import sample
+from moegen.plan.cost import CostModel
+from moegen.plan.footprint import Footprint
+from moegen.plan.machine import Machine, Rates
+from moegen.plan.plan import MemoryUse, Plan
+from moegen.plan.predict import simulate
+from moegen.plan.workload import Workload
+from moegen.run.engine import Engine
+from moegen.run.stats import PassReport
+from moegen.run.timing import best_seconds
+from moegen.schedule.sequence import Request, Sequence
+from moegen.schedule.step import Chunk, Step
+from moegen.shape import ModelShape
+from moegen.spec import Sampling
+
+_ROUNDS = 2  # of every timing, the best counts: a busy second hits one of them only
+_EXPERT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+_LINEAR_ROWS = (1, 4, 16, 64, 512)
+_FLOPS = 10e9  # per timing; weights that many rows reuse need not be swept over
+_LINEAR_SIDES = (256, 1024, 3072)
+_CACHE_BYTES = 96 << 20  # weights are swept over more than this
+_EXPERTS = ({"hidden_size": 1024, "moe_intermediate_size": 384, "num_experts": 64},
+            {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 128},
+            {"hidden_size": 2048, "moe_intermediate_size": 1024, "num_experts": 8})  # fmt: skip
+_PAGE_TOKENS, _HEAD_DIM, _KV_HEADS = 32, 128, 4
+_VOCAB_SIZE = 16_384
+_SAMPLED = Sampling(max_tokens=1 << 20)
+
+
+@torch.inference_mode()
+def linear_flops_per_s(device: torch.device, stored: torch.dtype, compute: torch.dtype) -> dict[int, dict[int, float]]:
+    """Dense linear layers: `{elements of the weight: {rows: FLOP/s}}`."""
+    return {
+        side * side: _best_curve(_LINEAR_ROWS, _linear_rate(_linears(device, stored, compute, side), device, compute))
+        for side in _LINEAR_SIDES
+    }
+
+
+def _best_curve(sizes: tuple[int, ...], rate: Callable[[int], float]) -> dict[int, float]:
+    rounds = [{size: rate(size) for size in sizes} for _ in range(_ROUNDS)]
+    return {size: max(found[size] for found in rounds) for size in sizes}
+
+
+def _linears(device: torch.device, stored: torch.dtype, compute: torch.dtype, side: int) -> list[Any]:
+    """Square layers, as the engine runs them: together larger than a cache."""
+    count = max(_CACHE_BYTES // (side * side * stored.itemsize), 2)
+    linear = nn.Linear(side, side, bias=False, device=device, dtype=compute).requires_grad_(False)
+    linear.weight.fill_(0.01)
+    if device.type == "cpu" and compute == torch.float32:
+        return [PanelLinear(linear, stored) for _ in range(count)]
+    return [copy.deepcopy(linear) for _ in range(count)]
+
+
+def _linear_rate(linears: list[Any], device: torch.device, compute: torch.dtype) -> Callable[[int], float]:
+    side = linears[0].in_features
+
+    def rate(rows: int) -> float:
+        x_TI = torch.ones(rows, side, device=device, dtype=compute)
+        flops = 2 * rows * side * side
+        swept = linears[: max(int(_FLOPS / flops), 2)]  # weights that many rows reuse need not leave the cache
+
+        def sweep() -> None:
+            for linear in swept:
+                linear(x_TI)
+
+        return flops * len(swept) / best_seconds(sweep, device)
+
+    return rate
+
+
+def expert_flops_per_s(
+    device: torch.device, stored: torch.dtype, compute: torch.dtype, sizes: int
+) -> dict[int, dict[int, float]]:
+    """The expert stage under random routing: `{elements of an expert: {mean rows per expert: FLOP/s}}`.
+
+    `sizes` of experts are measured, the usual one first.
+    """
+    surface = {}
+    for number, geometry in enumerate(_EXPERTS[:sizes]):
+        host, _ = _model(device, stored, compute, num_hidden_layers=1, vocab_size=256, **geometry)
+        (module,) = filter(is_experts, host.model.modules())
+        elements = 3 * geometry["hidden_size"] * geometry["moe_intermediate_size"]
+        surface[elements] = _best_curve(
+            _EXPERT_ROWS[:: 2 if number else 1], _stage_rate(module, elements, device, compute)
+        )
+    return surface
+
+
+def _stage_rate(module: Any, elements: int, device: torch.device, compute: torch.dtype) -> Callable[[int], float]:
+    top_k = 4
+
+    @torch.inference_mode()
+    def rate(rows: int) -> float:
+        tokens = max(rows * module.num_experts // top_k, 1)
+        hidden_TD = torch.randn(tokens, module.hidden_dim, device=device, dtype=compute)
+        ids_TK = torch.rand(tokens, module.num_experts, device=device).topk(top_k).indices
+        weights_TK = torch.full((tokens, top_k), 1 / top_k, device=device, dtype=compute)
+        seconds = best_seconds(lambda: module(hidden_TD, ids_TK, weights_TK), device)
+        return 2 * tokens * top_k * elements / seconds
+
+    return rate
+
+
+@torch.inference_mode()
+def decode_bytes_per_s(dtype: torch.dtype) -> dict[int, dict[int, float]]:
+    """Decode attention on the host: `{query heads per KV head: {KV bytes of a sequence and KV head: bytes/s}}`."""
+    device = torch.device("cpu")
+    token_bytes = 2 * _HEAD_DIM * dtype.itemsize
+    surface: dict[int, dict[int, float]] = {group: {} for group in (1, 4, 8)}
+    for context in (64, 512, 4096):
+        sequences = max(_CACHE_BYTES // (context * token_bytes * _KV_HEADS), 4)
+        chunks = [(context - 1, 1)] * sequences
+        for group, curve in surface.items():
+            seconds = _attention_seconds(chunks, group, dtype, torch.float32, device)
+            curve[context * token_bytes] = sequences * context * token_bytes * _KV_HEADS / seconds
+    return surface
+
+
+@torch.inference_mode()
+def device_decode_bytes_per_s(device: torch.device) -> float:
+    """Decode attention over pages in the device's own memory, at a context of 512 tokens."""
+    context, sequences = 512, 64
+    seconds = _attention_seconds([(context - 1, 1)] * sequences, 4, torch.bfloat16, torch.bfloat16, device)
+    return sequences * context * 2 * _HEAD_DIM * 2 * _KV_HEADS / seconds
+
+
+@torch.inference_mode()
+def prefill_flops_per_s(device: torch.device, stored: torch.dtype, compute: torch.dtype) -> dict[int, float]:
+    """Attention of whole prompts: `{tokens of a prompt: FLOP/s}`, causal pairs counted once."""
+    group, width = 4, 4 * _KV_HEADS * 2 * _HEAD_DIM
+    rates = {}
+    for length in (16, 64, 256, 1024):
+        prompts = 2048 // length
+        seconds = _attention_seconds([(0, length)] * prompts, group, stored, compute, device)
+        rates[length] = 2 * width * prompts * length * (length + 1) / 2 / seconds
+    return rates
+
+
+def _attention_seconds(
+    chunks: list[tuple[int, int]], group: int, stored: torch.dtype, compute: torch.dtype, device: torch.device
+) -> float:
+    """Of one layer's attention for chunks of (start, length), each of a sequence of its own."""
+    pages = [-(-(start + length) // _PAGE_TOKENS) for start, length in chunks]
+    ends = np.cumsum([0, *pages])
+    step = Step(
+        [
+            Chunk(Sequence(Request(0, (0,), _SAMPLED), 0, [0] * (start + length), start, list(range(*ends[i : i + 2]))),
+                  start, length)
+            for i, (start, length) in enumerate(chunks)
+        ],
+        _PAGE_TOKENS,
+    )  # fmt: skip
+    pool = KVPool({0: KVShape(_KV_HEADS, _HEAD_DIM, _HEAD_DIM)}, int(ends[-1]), _PAGE_TOKENS, stored, device)
+    (batch,) = step.attention_batches(step.tokens)
+    key_TGD = torch.zeros(step.tokens, _KV_HEADS, _HEAD_DIM, dtype=compute, device=device)
+    query_THD = torch.zeros(step.tokens, group * _KV_HEADS, _HEAD_DIM, dtype=compute, device=device)
+    pool.layers[0].write(key_TGD, key_TGD, batch)
+    rule = AttentionRule(_HEAD_DIM**-0.5)
+    return best_seconds(lambda: paged_attention(query_THD, pool.layers[0], batch, rule), device)
+
+
+@torch.inference_mode()
+def logit_seconds(device: torch.device) -> float:
+    """Sampling, greedy, for every logit."""
+    sequences = [Sequence(Request(0, (0,), _SAMPLED), 0, [0]) for _ in range(256)]
+    logits_SV = torch.randn(len(sequences), _VOCAB_SIZE, device=device)
+    return best_seconds(lambda: sample(logits_SV, sequences), device) / logits_SV.numel()
+
+
+def fixed_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype) -> dict[str, Any]:
+    """Of a pass, of each layer and of each further group of its experts, whatever is in them: one sequence decoding in
+    models of almost no arithmetic."""
+    few, many = (
+        min(_decode_pass_seconds(machine, stored, compute, layers) for _ in range(_ROUNDS)) for layers in (2, 10)
+    )
+    layer = max((many - few) / 8, 0.0)
+    group = _group_seconds(torch.device(machine.device), stored, compute)
+    return {"layer_s": layer, "pass_s": max(few - 2 * layer, 0.0), "group_s": group}
+
+
+@torch.inference_mode()
+def _group_seconds(device: torch.device, stored: torch.dtype, compute: torch.dtype) -> float:
+    """By a stage whose experts come one at a time, beside the same stage in one group."""
+    experts, side = 16, 64
+    host, _ = _model(device, stored, compute, num_hidden_layers=1, vocab_size=256, hidden_size=side,
+                     moe_intermediate_size=32, num_experts=experts)  # fmt: skip
+    (module,) = filter(is_experts, host.model.modules())
+    x_TD = torch.ones(experts, side, device=device, dtype=compute)
+    ids_TK = torch.arange(experts, device=device)[:, None]
+    weights_TK = torch.ones(experts, 1, device=device, dtype=compute)
+    together = best_seconds(lambda: module(x_TD, ids_TK, weights_TK), device)
+    groups = tuple(
+        ExpertGroup(
+            expert,
+            expert_matrix(1, 64, side, stored, compute, device),
+            expert_matrix(1, side, 32, stored, compute, device),
+        )
+        for expert in range(experts)
+    )
+    module.moegen = replace(module.moegen, supply=ResidentExperts(groups))
+    apart = best_seconds(lambda: module(x_TD, ids_TK, weights_TK), device)
+    return max((apart - together) / (experts - 1), 0.0)
+
+
+def _decode_pass_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype, layers: int) -> float:
+    host, _ = _model(torch.device(machine.device), stored, compute, num_hidden_layers=layers, hidden_size=64,
+                     num_experts=4, num_experts_per_tok=1, moe_intermediate_size=32, num_attention_heads=2,
+                     num_key_value_heads=1, vocab_size=256)  # fmt: skip
+    reports = _run(host, _plan(machine, stored, compute), Workload(1, ((4, 20),)))
+    return float(np.quantile([report.seconds for report in reports[4:]], 0.25))
+
+
+def rest_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype, rates: Rates) -> dict[str, Any]:
+    """Of every sequence in a pass and of every hidden element of a token in a layer: what real passes take beyond
+    what `rates` explain."""
+    host, shape = _model(torch.device(machine.device), stored, compute, num_hidden_layers=2, vocab_size=_VOCAB_SIZE,
+                         **_EXPERTS[0])  # fmt: skip
+    plan = _plan(machine, stored, compute)
+    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+    model = CostModel(footprint, plan, replace(rates, element_s=0.0, sequence_s=0.0))
+    rest, causes = [], []
+    for workload in (Workload(8, ((16, 10),)), Workload(128, ((16, 8),)), Workload(256, ((24, 5),)),
+                     Workload(4, ((512, 4),))):  # fmt: skip
+        measured = np.array([report.seconds for report in _run(host, plan, workload)])
+        load = simulate(plan, workload).load
+        rest.append((measured - model.time(load).seconds) / measured)
+        causes.append(np.stack([load.sequences, load.tokens * shape.layers * shape.hidden_size]) / measured)
+    sequence, element = _not_negative(np.concatenate(causes, axis=1).T, np.concatenate(rest))
+    return {"sequence_s": sequence, "element_s": element}
+
+
+def _not_negative(causes: np.ndarray, rest: np.ndarray) -> tuple[float, float]:
+    """Least squares of two causes; one that would come out negative is none."""
+    both = np.linalg.lstsq(causes, rest, rcond=None)[0]
+    if (both >= 0).all():
+        return float(both[0]), float(both[1])
+    alone = [max(float(np.linalg.lstsq(causes[:, [i]], rest, rcond=None)[0][0]), 0.0) for i in (0, 1)]
+    errors = [float(np.sum((rest - causes[:, i] * alone[i]) ** 2)) for i in (0, 1)]
+    return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
+
+
+def _run(host: ModelHost, plan: Plan, workload: Workload) -> list[PassReport]:
+    requests = [
+        Request(row, tuple(np.random.default_rng(row).integers(1, 250, prompt).tolist()), Sampling(max_tokens=answer))
+        for row, (prompt, answer) in enumerate(workload.lengths * workload.rows)
+    ]
+    with Engine(host, plan, None) as engine:
+        return [item for item in engine.generate(requests) if isinstance(item, PassReport)]
+
+
+def _plan(machine: Machine, stored: torch.dtype, compute: torch.dtype) -> Plan:
+    return Plan(
+        device=machine.device, threads=machine.cores, compute_dtype=_name(compute), expert_dtype=_name(stored),
+        kv_dtype=_name(stored), attention_tokens=2048, expert_tokens=8192, pass_tokens=4096, logit_tokens=4096,
+        page_tokens=_PAGE_TOKENS, kv_pages=2048, kv_home="host", attention_on_host=1.0, groups=1,
+        group_experts=1 << 20, resident_groups=1, host_groups=0, stream_slots=0, stream_depth=0, reader_threads=0,
+        host=MemoryUse(), device_memory=MemoryUse(),
+    )  # fmt: skip
+
+
+def _model(
+    device: torch.device, stored: torch.dtype, compute: torch.dtype, **config: Any
+) -> tuple[ModelHost, ModelShape]:
+    """Of random weights, kept in `stored` where the engine does so."""
+    usual = {"num_experts_per_tok": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+             "norm_topk_prob": True, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+             "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    settings = Qwen3MoeConfig(**{**usual, "intermediate_size": config["moe_intermediate_size"], **config})
+    with device, no_init_weights():
+        model = AutoModelForCausalLM.from_config(settings, dtype=compute, **SEAMS)
+    for name, parameter in model.named_parameters():  # only routing needs weights that differ
+        parameter.data.normal_(0, 0.02) if "experts" not in name and parameter.dim() > 1 else parameter.data.fill_(0.01)
+    settings.dtype = stored
+    shape = ModelShape.of(settings, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    return ModelHost(model, staged=True, expert_tokens=8192, stored_dtype=stored), shape
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

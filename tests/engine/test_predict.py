@@ -1,0 +1,141 @@
+"""The cost model and the simulation, over made-up rates."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from moegen.plan.cost import CostModel, Load
+from moegen.plan.curve import at, on
+from moegen.plan.explain import explain
+from moegen.plan.footprint import Footprint
+from moegen.plan.machine import Machine, Rates
+from moegen.plan.outlook import Outlook
+from moegen.plan.plan import Plan
+from moegen.plan.predict import predict, simulate
+from moegen.plan.search import choose_plan
+from moegen.plan.workload import Workload
+from moegen.spec import Engine
+
+from tests.engine.test_plan import SHAPE
+
+RATES = Rates(
+    linear_flops_per_s={"float32": {1 << 20: {1: 5e9, 64: 100e9}}},
+    expert_flops_per_s={"bfloat16": {1 << 20: {1: 10e9, 16: 80e9, 128: 150e9}}},
+    decode_bytes_per_s={4: {1 << 14: 4e9, 1 << 20: 8e9}},
+    prefill_flops_per_s={16: 5e9, 1024: 80e9},
+    disk_bytes_per_s={1: 0.4e9, 4: 0.6e9},
+    place_bytes_per_s=2e9,
+    dram_read_bytes_per_s=12e9,
+    pass_s=2e-3, layer_s=1e-3, sequence_s=1e-5, element_s=1e-8, logit_s=1e-9, runtime_bytes=500 << 20,
+)  # fmt: skip
+MACHINE = Machine("cpu", "a processor", 2, 16 << 30, 0, native_bf16=False, rates=RATES)
+
+
+def footprint(plan: Plan) -> Footprint:
+    return Footprint(SHAPE, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+
+
+def decode(sequences: float, context: float) -> Load:
+    values = (sequences, sequences, sequences, sequences, sequences * context, 0, 0, 0)
+    return Load(*(np.array([float(value)]) for value in values))
+
+
+def test_a_curve_is_exact_where_it_was_measured_and_straight_between_in_logarithms():
+    curve = {1: 10.0, 4: 40.0, 64: 40.0}
+    assert at(curve, [1, 2, 4, 16, 64]) == pytest.approx([10, 20, 40, 40, 40])
+    assert at(curve, [0.01, 1e6]) == pytest.approx([10, 40])
+    assert at(on({1: curve, 100: {1: 1000.0, 4: 4000.0, 64: 4000.0}}, 10), [1, 4]) == pytest.approx([100, 400])
+
+
+def test_arithmetic_adds_up_on_a_cpu():
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB"))
+    passed = CostModel(footprint(plan), plan, RATES).time(decode(100, 300))
+    assert passed.seconds == pytest.approx(sum(passed.terms.values()))
+    assert passed.terms["disk"] == 0
+    expected = 2 * 100 * 8 * 600e6 / 64 / at(RATES.expert_flops_per_s["bfloat16"][1 << 20], 12.5)
+    assert passed.terms["experts"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stream_goes_on_beside_arithmetic_and_the_longer_one_is_the_pass():
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="1500MiB"))
+    assert plan.disk_groups
+    model = CostModel(footprint(plan), plan, RATES)
+    few, many = model.time(decode(8, 300)), model.time(decode(4000, 300))
+    assert few.binding == "disk"
+    assert few.terms["disk"] <= few.seconds < few.terms["disk"] + sum(few.terms.values()) / 2
+    assert many.binding != "disk"
+    unhidden = CostModel(footprint(plan), replace(plan, stream_depth=0), RATES).time(decode(4000, 300))
+    assert unhidden.seconds == pytest.approx(sum(unhidden.terms.values()))
+    assert many.seconds < unhidden.seconds
+
+
+def test_a_small_pass_streams_only_the_groups_that_it_needs():
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="1500MiB"))
+    model = CostModel(footprint(plan), plan, RATES)
+    one, many = (model.time(decode(n, 300)).terms["disk"] for n in (1, 500))
+    assert one < 0.8 * many
+
+
+def test_the_simulation_runs_every_token_through_the_scheduler():
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB"))
+    workload = Workload(3, ((10, 4), (20, 1), (5, 6)))
+    run = simulate(plan, workload)
+    assert run.load.tokens.sum() == 35 + 4 + 1 + 6 - 3
+    assert run.load.sampled.sum() == 11
+    assert run.load.sequences.tolist() == [3, 2, 2, 2, 1, 1]
+    assert run.load.prefill_pairs[0] == 10 * 11 / 2 + 20 * 21 / 2 + 5 * 6 / 2
+    assert run.load.decode_kv_tokens.tolist() == [0, 17, 19, 21, 9, 10]
+
+
+@pytest.mark.parametrize("lengths", [((100, 30),), ((20, 60), (400, 10), (90, 30))])
+def test_a_large_job_simulated_smaller_comes_to_the_same(lengths, monkeypatch):
+    plan = replace(choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB")), kv_pages=3000, pass_tokens=1024)
+    workload = Workload(4000, lengths)
+    sampled = predict(footprint(plan), plan, RATES, workload)
+    monkeypatch.setattr("moegen.plan.predict._SIMULATED_SEQUENCES", 1 << 30)
+    monkeypatch.setattr("moegen.plan.predict._STEPS", 1 << 40)
+    whole = predict(footprint(plan), plan, RATES, workload)
+    assert whole.generated_tokens == pytest.approx(4000 * workload.mean_answer, rel=0.03)
+    assert sampled.seconds == pytest.approx(whole.seconds, rel=0.05)
+    assert sampled.steady_tokens_per_s == pytest.approx(whole.steady_tokens_per_s, rel=0.05)
+
+
+def test_a_hundred_thousand_rows_are_predicted_in_seconds():
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="12GiB"))
+    started = time.perf_counter()
+    found = predict(footprint(plan), plan, RATES, Workload.of(100_000, [64, 512, 900], [16, 256]))
+    assert time.perf_counter() - started < 20  # about three when nothing else runs
+    assert found.generated_tokens == pytest.approx(100_000 * 136, rel=0.05)
+    assert found.generated_tokens_per_s == pytest.approx(found.generated_tokens / found.seconds)
+
+
+def test_one_row_is_all_tail():
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB"))
+    found = predict(footprint(plan), plan, RATES, Workload(1, ((10, 5),)))
+    assert (found.generated_tokens, found.passes, found.prompt_tokens) == (5, 5, 10)
+
+
+def test_the_outlook_says_what_another_gibibyte_gives():
+    workload = Workload.of(20_000, [300], [64])
+    engine = Engine(host_memory="1500MiB")
+    found = Outlook.of(SHAPE, MACHINE, engine, "auto", workload)
+    assert found.prediction is not None
+    assert found.host_gib_tokens_per_s is not None
+    assert found.host_gib_tokens_per_s > 0
+    assert found.device_gib_tokens_per_s is None
+    text = explain(SHAPE, MACHINE, found)
+    assert f"{found.prediction.binding} binds" in text
+    assert f"host {found.host_gib_tokens_per_s:+,.1f}" in text
+    mapping = found.to_mapping()
+    assert mapping["prediction"]["generated_tokens_per_s"] == found.prediction.rate
+
+
+def test_without_rates_or_rows_nothing_is_predicted_and_it_says_so():
+    unmeasured = replace(MACHINE, rates=Rates())
+    found = Outlook.of(SHAPE, unmeasured, Engine(), "auto", Workload.of(10, [5], [5]))
+    assert found.prediction is None
+    assert "run: moegen probe" in explain(SHAPE, unmeasured, found)
+    assert "not predicted: the rows" in explain(SHAPE, MACHINE, Outlook.of(SHAPE, MACHINE, Engine(), "auto", None))

@@ -1,0 +1,75 @@
+"""The probe over sizes that take no time: what it measures here is true of nothing, but all of it is measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from moegen.cli import main
+from moegen.errors import MoegenError, StorageError
+from moegen.plan.machine import Machine
+from moegen.run import engine_rates, machine_rates
+from moegen.run.probe import probe
+
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    geometry = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
+    sizes = {
+        engine_rates: {"_EXPERTS": (geometry, {**geometry, "moe_intermediate_size": 64}), "_CACHE_BYTES": 1 << 20,
+                       "_EXPERT_ROWS": (1, 4, 16), "_LINEAR_SIDES": (64, 128), "_LINEAR_ROWS": (1, 16), "_ROUNDS": 1},
+        machine_rates: {"_BLOCK_BYTES": 1 << 20, "_READ_BYTES": 1 << 16, "_DISK_BYTES": 1 << 18,
+                        "_TEMPORARY_BYTES": 1 << 18, "_PLACED": (2, 64, 64)},
+    }  # fmt: skip
+    for module, values in sizes.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    detect = Machine.detect  # one thread: beside other work, two would only wait for each other
+    monkeypatch.setattr(Machine, "detect", lambda device="auto": replace(detect(device), cores=1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_everything_that_a_cpu_needs_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "--device", "cpu", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    rates = Machine.detect("cpu").rates
+    assert rates.measured
+    assert rates.linear_flops_per_s["float32"].keys() == {64 * 64, 128 * 128}
+    assert rates.expert_flops_per_s["bfloat16"].keys() == {3 * 64 * 32, 3 * 64 * 64}
+    assert rates.expert_flops_per_s["bfloat16"][3 * 64 * 32].keys() == {1, 4, 16}
+    assert rates.disk_bytes_per_s.keys() == {1, 2, 4}
+    assert rates.runtime_bytes is not None
+    assert 200 << 20 < rates.runtime_bytes < 4 << 30
+    not_measured = {name for name, value in printed["rates"].items() if value is None}
+    assert not_measured == {
+        "h2d_bytes_per_s", "d2h_bytes_per_s", "dram_beside_h2d_bytes_per_s", "h2d_beside_dram_bytes_per_s",
+        "gather_bytes_per_s", "device_decode_bytes_per_s",
+    }  # fmt: skip
+
+
+def test_the_disk_is_measured_by_the_models_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    monkeypatch.setattr(machine_rates, "_DISK_BYTES", 1 << 16)
+    monkeypatch.setattr(machine_rates, "_READ_BYTES", 1 << 14)
+    monkeypatch.setattr(machine_rates, "tempfile", None)  # nothing else is written
+    assert set(machine_rates.disk_bytes_per_s(str(folder), (1, 2))) == {1, 2}
+
+
+def test_a_measurement_that_fails_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(machine_rates, "disk_bytes_per_s", broken)
+    with pytest.raises(MoegenError, match=r"could not measure direct reads of a temporary file: .*No space left"):
+        probe("cpu")
+
+    def refused(*arguments: object) -> None:
+        raise StorageError("/models/a: cannot be read at byte 5")
+
+    monkeypatch.setattr(machine_rates, "disk_bytes_per_s", refused)
+    with pytest.raises(StorageError, match=r"direct reads of /models: /models/a: cannot be read at byte 5"):
+        probe("cpu", "/models")
