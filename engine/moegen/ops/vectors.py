@@ -280,7 +280,7 @@ def _transposed(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
 
 @intrinsic
 def scale(typing, row, vectors, factor):  # type: ignore[no-untyped-def]
-    """`row *= factor`, where 0 * anything is 0."""
+    """`row *= factor`."""
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         row, vectors, factor = args
@@ -307,11 +307,10 @@ def clear(typing, row, vectors):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def soften(typing, row, vectors, low, high, best, total):  # type: ignore[no-untyped-def]
-    """One step of the online softmax: scores become weights relative to the new maximum; columns outside
-    [low, high) weigh 0.
+    """One step of the online softmax: scores become weights relative to the new maximum. Returns the factor for sums.
 
-    `best` and `total` are the addresses of the running maximum and sum. Returns the factor for all that was summed
-    before.
+    At least one column lies in [low, high); the others weigh 0. `best` and `total` are the addresses of the running
+    maximum and sum; sums of weighted values from before must be multiplied by the factor.
     """
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]

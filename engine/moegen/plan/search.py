@@ -178,12 +178,14 @@ class _Search:
         return {"groups": groups, "group_experts": size, "resident_groups": resident}
 
     def _on_device(self, frame: Plan) -> Iterator[Plan]:
-        """On a GPU: pages beside the weights, or on the host beside the slab that the device's groups come from."""
+        """On a GPU: pages beside the resident weights, or on the host beside the slab that other weights come from."""
         moving = frame.streamed_groups
         if min(frame.host.spare, frame.device_memory.spare) < 0:
             yield self._with_pages(frame)  # does not fit, whatever else is chosen
             return
-        yield self._with_pages(self._with_slab(replace(frame, kv_home="device", attention_on_host=0.0), moving))
+        if self.engine.plan.kv_home == "device":
+            yield self._with_pages(self._with_slab(replace(frame, kv_home="device", attention_on_host=0.0), moving))
+            return
         for share in _KV_SHARES:
             slab = int(max(frame.host.spare, 0) * (1 - share))
             groups = min(slab // max(self.footprint.groups_of_every_layer(1), 1), moving)

@@ -235,7 +235,8 @@ def _expert_sections(passes: Passes, attempts: Sequence[Mapping[str, Ints]]) -> 
         Section(
             "Tokens per expert",
             "How many tokens an expert of a layer meets in one pass: what its weights are fetched for. Below, how many "
-            f"of the {len(loads):,} experts met how many over all attempts, as a multiple of their layer's mean.",
+            f"of the {len(loads):,} experts met how many over all attempts, in multiples of their layer's mean; the "
+            "last bar is open.",
             [
                 _over_time(passes, "Tokens per expert in a pass", _extremes(passes)),
                 histogram("Tokens per expert", _LOAD_EDGES, _binned(loads), "times the layer's mean", "experts"),
