@@ -1,10 +1,10 @@
 """Predicted against measured generated tokens/s: what `moegen plan` says before a job, beside what the job then does.
 
 Three geometries of random weights, memory budgets from everything resident to one eighth of the expert weights, short
-and long prompts and answers. Every number comes from the shipped commands: `moegen probe` once, then for each case
+and long prompts and answers. Every number comes from the shipped commands: for each case `moegen probe`, then
 `moegen plan` (the prediction), then `moegen run` (measured, from the first pass to the last).
 
-    python -m benchmarks.planner [--seconds 25] [--only small] [--shares 1 0.5] [--skip-probe]
+    python -m benchmarks.planner [--seconds 25] [--only small] [--shares 1 0.5] [--probe once]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from moegen.plan.machine import Machine
 
 from tests.tiny import tiny_tokenizer
 
@@ -99,7 +100,8 @@ class Bench:
 
     def moegen(self, *arguments: str) -> dict[str, Any]:
         """What the command prints as JSON."""
-        command = [*self.prefix, sys.executable, "-m", "moegen", *arguments, "--json"]
+        prefix = [] if arguments[0] == "plan" else self.prefix
+        command = [*prefix, sys.executable, "-m", "moegen", *arguments, "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}: {done.stdout}")
@@ -165,8 +167,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=25, help="that a case should take, about")
     parser.add_argument("--only", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--skip-probe", action="store_true", help="use the rates of an earlier probe")
-    parser.add_argument("--prefix", default="", help="put before every command, as in 'nice -n 5'")
+    parser.add_argument(
+        "--probe", choices=("once", "always", "never"), default="always",
+        help="before all cases, before each of them (a shared machine's speed wanders), or not at all",
+    )  # fmt: skip
+    parser.add_argument("--prefix", default="", help="put before what is timed, as in 'nice -n -5'")
     parser.add_argument("--folder", type=Path, help="keep checkpoints here, for later runs (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     args = parser.parse_args()
@@ -176,13 +181,15 @@ def main() -> None:
             if not (folder / name / "config.json").exists():
                 save_checkpoint(folder / name, GEOMETRIES[name])
         bench = Bench(folder, shlex.split(args.prefix), args.seconds)
-        probed = None if args.skip_probe else bench.moegen("probe", "--device", "cpu", "--model", str(folder / "wide"))
-        chosen = [case for case in cases() if case.geometry in args.only and case.share in args.shares]
         results = []
-        for case in chosen:
+        for case in cases():
+            if case.geometry not in args.only or case.share not in args.shares:
+                continue
+            if args.probe == "always" or (args.probe == "once" and not results):
+                bench.moegen("probe", "--device", "cpu", "--model", str(folder / case.geometry))
             results.append(bench.run(case))
             print(line(case, results[-1]), flush=True)
-    report(results, probed, args.out)
+            report(results, args.out)  # after every case, so that a run cut short keeps its cases
 
 
 def line(case: Case, result: dict[str, Any]) -> str:
@@ -193,16 +200,19 @@ def line(case: Case, result: dict[str, Any]) -> str:
     )
 
 
-def report(results: list[dict[str, Any]], machine: dict[str, Any] | None, out: Path) -> None:
+def report(results: list[dict[str, Any]], out: Path) -> None:
     errors = [abs(result["error"]) for result in results]
-    summary = {
-        "cases": len(results),
-        "mean_absolute_error": statistics.mean(errors),
-        "worst_absolute_error": max(errors),
-    }
-    print(f"\n{len(errors)} cases: mean absolute error {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
+    summary = {"cases": len(errors), "mean_absolute_error": statistics.mean(errors), "worst_error": max(errors)}
+    print(
+        f"{len(errors)} cases: mean absolute error {statistics.mean(errors):.1%}, worst {max(errors):.1%}", flush=True
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**summary, "results": results, "machine": machine}, indent=2) + "\n")
+    out.write_text(json.dumps({**summary, "machine": machine(), "results": results}, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    here = Machine.detect("cpu")
+    return {"cpu": here.device_name, "cores": here.cores}
 
 
 if __name__ == "__main__":

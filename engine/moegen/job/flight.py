@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from moegen.errors import Interrupted
 from moegen.job.prepare import Prepared
@@ -16,7 +17,15 @@ from moegen.table.reader import RowBatch
 from moegen.table.writer import TableWriter
 
 if TYPE_CHECKING:
-    from moegen.run.engine import Engine
+    from moegen.run.stats import PassReport
+
+
+class Generator(Protocol):
+    """What answers requests: the engine."""
+
+    def generate(self, requests: Iterable[Request]) -> collections.abc.Generator[Finished | PassReport, None, None]:
+        """Each row as it ends, and a report after every pass."""
+        ...
 
 
 class Flight:
@@ -37,7 +46,7 @@ class Flight:
         self._output, self._stopping = output, stopping
         self._flying: dict[int, Prepared] = {}
 
-    def run(self, engine: Engine) -> None:
+    def run(self, engine: Generator) -> None:
         """Until every row has its result.
 
         Raises:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from moegen.job.ahead import ahead
 from moegen.job.attempt import Attempt
@@ -88,8 +88,7 @@ def run_job(
                 meter.follow(attempt.live)
                 meter.enter("running")
                 with attempt.written():
-                    watched = cast("Engine", _Watched(engine, attempt.add))
-                    Flight(batches, writer, meter, spec.output, stopping).run(watched)
+                    Flight(batches, writer, meter, spec.output, stopping).run(_Watched(engine, attempt.add))
     meter.enter("finishing")
     return writer.finish(job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at)
 

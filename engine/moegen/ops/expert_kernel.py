@@ -49,7 +49,17 @@ def _host_tile() -> _Tile:
 _TILE = _host_tile()
 PANEL = _TILE.lanes * _TILE.vectors
 _CACHE_LINE = 64
-_ROW_BLOCK = 12 * _TILE.rows  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
+_ROW_BLOCK = 6 * _TILE.rows  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
+
+
+def row_width(inputs: int) -> int:
+    """How wide rows of x should lie in memory.
+
+    A tile reads the same place of all its rows at once: at a distance of a large power of two they would all fall
+    into the same few lines of the first-level cache.
+    """
+    return inputs + 16 if inputs % 256 == 0 else inputs
+
 
 BFLOAT16_BITS, FLOAT16_BITS = types.uint16, types.int16  # Numba has neither dtype: their bits travel so
 _BYTE, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -121,9 +131,9 @@ def _tile(
         x_view, tokens_view, panels_view, out_view = (
             context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4, 7)
         )
-        inputs = cgutils.unpack_tuple(b, x_view.shape)[1]
+        x_width = cgutils.unpack_tuple(b, x_view.shape)[1]
         outputs = cgutils.unpack_tuple(b, out_view.shape)[1]
-        panels_per_expert = cgutils.unpack_tuple(b, panels_view.shape)[1]
+        _, panels_per_expert, inputs, _ = cgutils.unpack_tuple(b, panels_view.shape)
         row_tokens = b.gep(tokens_view.data, [row])
         out_row = b.gep(out_view.data, [b.add(b.mul(row, outputs), b.mul(panel, _constant(PANEL)))])
         index = b.mul(b.add(b.mul(expert, panels_per_expert), panel), b.mul(inputs, _constant(PANEL)))
@@ -139,7 +149,7 @@ def _tile(
             choice.add_case(_constant(count), block)
             b.position_at_end(block)
             places = [b.load(b.gep(row_tokens, [_constant(r)])) for r in range(count)]
-            x_rows = [b.gep(x_view.data, [b.mul(place, inputs)]) for place in places]
+            x_rows = [b.gep(x_view.data, [b.mul(place, x_width)]) for place in places]
             _emit_rows(b, x_rows, inputs, weights, stored, out_row, outputs, ahead, ahead_step)
             b.branch(end)
         b.position_at_end(end)
@@ -193,7 +203,7 @@ def _emit_prefetch(b: ir.IRBuilder, place: ir.Value, length: int) -> None:
 def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # type: ignore[no-untyped-def]
     """`out[starts[e] : starts[e + 1]] = x[tokens[starts[e] : starts[e + 1]]] @ W[e].T` for every expert, O = N * P.
 
-    The work is cut between threads by rows times panels, so that a popular expert is shared by several.
+    Rows of `x` may be wider than the I inputs: see `row_width`. The work is cut between threads by rows times panels, so that a popular expert is shared by several.
     """
     experts, panels = panels_ENIP.shape[:2]
     rows_total = starts_E1[experts]

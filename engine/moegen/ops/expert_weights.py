@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moegen.ops.expert_kernel import PANEL, grouped_panels, pack_rows, pack_transposed, panel_places
+from moegen.ops.expert_kernel import PANEL, grouped_panels, pack_rows, pack_transposed, panel_places, row_width
 from moegen.ops.threads import numba_threads
 
 UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate
@@ -72,10 +72,9 @@ class PanelMatrix:
         np.cumsum(counts, out=starts[1:])
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         out_SO = torch.empty(len(tokens), self._panels_ENIP.shape[1] * PANEL)
+        x = _padded(x_TI).numpy()
         with numba_threads() as threads:
-            grouped_panels(
-                x_TI.float().contiguous().numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads
-            )
+            grouped_panels(x, tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
         return out_SO[:, : self.out_features]
 
 
@@ -105,6 +104,16 @@ class PlainMatrix:
             return torch.cat([x @ w for x, w in zip(x_SI.split(list(counts)), weight_EIO, strict=True)])
         offsets_E = torch.tensor(counts, device=x_SI.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
+
+
+def _padded(x_TI: torch.Tensor) -> torch.Tensor:
+    tokens, inputs = x_TI.shape
+    width = row_width(inputs)
+    if width == inputs:
+        return x_TI.float().contiguous()
+    x = torch.empty(tokens, width)
+    x[:, :inputs] = x_TI
+    return x
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

@@ -134,11 +134,13 @@ class CostModel:
         return written + attended * DTYPE_BYTES[self.plan.compute_dtype] * self.plan.attention_on_host
 
     def _bytes_of_groups(self, load: Load, groups: int) -> Floats:
-        """Of `groups` groups of every layer, those that some token is routed to (routing taken as uniform)."""
+        """Of `groups` groups of every layer, those that are read ahead before the router has spoken, and of the others
+        those that some token is routed to (routing taken as uniform)."""
         if not groups:
             return np.zeros_like(load.tokens)
         share = self.shape.experts_per_token / self.shape.experts
-        hit = 1 - (1 - share) ** (load.tokens * self.plan.group_experts)
+        blind = min(self.plan.stream_depth / groups, 1)
+        hit = blind + (1 - blind) * (1 - (1 - share) ** (load.tokens * self.plan.group_experts))
         kept = min((self.plan.groups - groups) * self.plan.group_experts, self.shape.experts)
         return hit * self.shape.moe_layers * (self.shape.experts - kept) * self.footprint.expert
 

@@ -26,6 +26,7 @@ from moegen.units import format_bytes, parse_bytes
 _SHARE_OF_FREE = 0.8  # of what is free, unless the job names a budget
 _ONE_THREAD_FLOPS = 1e8  # about a millisecond of one core
 _BUSY_ROWS = 512  # rows per expert from which a GEMM runs near its peak rate
+_MIN_PASS_TOKENS = 2048
 _PASS_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _ATTENTION_TOKENS, _EXPERT_TOKENS, _PAGE_TOKENS = 2048, 8192, 32
 _SLOTS = (2, 3, 4, 6, 8)
@@ -101,12 +102,18 @@ class _Search:
 
     def plans(self) -> Iterator[Plan]:
         """Every candidate, whether it fits or not."""
-        for pass_tokens in _fixed_or(self.engine.plan.pass_tokens, _PASS_TOKENS):
-            for resident in self._residents():
-                moves = resident < self.footprint.groups
+        for resident in self._residents():
+            moves = resident < self.footprint.groups
+            for pass_tokens in _fixed_or(self.engine.plan.pass_tokens, self._pass_sizes(moves)):
                 for slots in _fixed_or(self.engine.plan.stream_slots, self._slots) if moves else (0,):
                     frame = self._frame(pass_tokens, resident, slots)
                     yield from [self._with_pages(frame)] if self.machine.device == "cpu" else self._on_device(frame)
+
+    def _pass_sizes(self, moves: bool) -> tuple[int, ...]:
+        """Where nothing moves, experts gain nothing from passes that give them more than `_BUSY_ROWS` rows."""
+        shape = self.footprint.shape
+        busy = _BUSY_ROWS * shape.experts // shape.experts_per_token if shape.experts_per_token else _BUSY_ROWS
+        return tuple(size for size in _PASS_TOKENS if moves or size <= max(busy, _MIN_PASS_TOKENS))
 
     @property
     def _slots(self) -> tuple[int, ...]:

@@ -98,7 +98,8 @@ class Engine:
             slots, depth = plan.stream_slots, plan.stream_depth
             stream = WeightStream(homes, checkpoint.files, slots=slots, depth=depth, readers=readers)
             stack.enter_context(stream)
-            recorder = Recorder(lambda: Traffic.of(stream.figures, readers, plan.device))
+            reading = readers if depth else 1  # without depth, the thread that computes reads
+            recorder = Recorder(lambda: Traffic.of(stream.figures, reading, plan.device))
             host = ModelHost(
                 model,
                 staged=staged,

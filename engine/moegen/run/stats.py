@@ -108,7 +108,7 @@ class Recorder:
         moved = self._traffic() if self._traffic else None
         report = PassReport(
             tokens=step.tokens,
-            decode_tokens=_decode_tokens(step),
+            decode_tokens=step.decode_tokens,
             generated_tokens=len(step.sampled),
             running=running,
             seconds=now - self._started_s,
@@ -126,8 +126,3 @@ class Recorder:
     def _forget(self) -> None:
         self._counts: dict[str, Ints] = {}
         self._seconds: dict[Part, float] = {}
-
-
-def _decode_tokens(step: Step) -> int:
-    """As `step.decode_tokens`, which speaks of sequences as they are now: these have their next token already."""
-    return sum(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_tokens for chunk in step.chunks)

@@ -89,6 +89,7 @@ class Step:
 
     Attributes:
         token_ids, positions: `[T]`.
+        decode_tokens: how many are of sequences that were already answering.
         last_tokens: `[S]`, the indices whose logits become the next token of `sampled[s]`.
     """
 
@@ -101,15 +102,12 @@ class Step:
         self.positions = np.concatenate([np.arange(c.start, c.start + c.length, dtype=np.int64) for c in chunks])
         ends = np.cumsum([c.length for c in chunks])
         self.sampled = [c.sequence for c in chunks if c.completes]
+        self.decode_tokens = sum(c.length == 1 and c.start >= c.sequence.prompt_tokens for c in chunks)
         self.last_tokens: Ints = np.array([e - 1 for c, e in zip(chunks, ends, strict=True) if c.completes], np.int64)
 
     @property
     def tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def decode_tokens(self) -> int:
-        return sum(c.length == 1 and c.completes and c.start >= c.sequence.prompt_tokens for c in self.chunks)
 
     def attention_batches(self, attention_tokens: int) -> Iterator[AttentionBatch]:
         """Cuts the pass into micro-batches of at most `attention_tokens` tokens."""
