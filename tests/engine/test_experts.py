@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,3 +204,26 @@ def test_threads_and_neighbours_change_no_bit() -> None:
         expert = 0 if row < 3 else 1
         alone = matrix.linear(x[row : row + 1], [int(e == expert) for e in range(4)])
         assert torch.equal(alone[0], outs[0][row])
+
+
+_NARROW = """
+import sys
+import llvmlite.binding
+features = llvmlite.binding.get_host_cpu_features()
+kept = {name: on and not name.startswith("avx512") for name, on in features.items()} | {"neon": sys.argv[1] == "4"}
+llvmlite.binding.get_host_cpu_features = lambda: type(features)(kept)
+from moegen.ops import expert_kernel
+assert expert_kernel.LANES == int(sys.argv[1]), expert_kernel.LANES
+import torch
+from tests.engine.test_experts import test_stored_weights_multiply_exactly as check
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    check(dtype, 3 * expert_kernel.PANEL - 1, 70)
+"""
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_machines_with_narrower_registers(lanes: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", _NARROW, str(lanes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -47,9 +47,11 @@ def _host_tile() -> _Tile:
 
 
 _TILE = _host_tile()
-PANEL = _TILE.lanes * _TILE.vectors
+LANES = _TILE.lanes
+PANEL = LANES * _TILE.vectors
+_TILE_ROWS = _TILE.rows
 _CACHE_LINE = 64
-_ROW_BLOCK = 6 * _TILE.rows  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
+_ROW_BLOCK = 6 * _TILE_ROWS  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
 
 
 def row_width(inputs: int) -> int:
@@ -63,7 +65,7 @@ def row_width(inputs: int) -> int:
 
 BFLOAT16_BITS, FLOAT16_BITS = types.uint16, types.int16  # Numba has neither dtype: their bits travel so
 _BYTE, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VECTOR, _WORDS = ir.VectorType(_F32, _TILE.lanes), ir.VectorType(_I32, _TILE.lanes)
+_VECTOR, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
 def panel_places(bfloat16: bool) -> np.ndarray:
@@ -75,8 +77,8 @@ def panel_places(bfloat16: bool) -> np.ndarray:
     feature = np.arange(PANEL)
     if not bfloat16:
         return feature
-    vector, lane = np.divmod(feature, _TILE.lanes)
-    return vector // 2 * (2 * _TILE.lanes) + 2 * lane + vector % 2
+    vector, lane = np.divmod(feature, LANES)
+    return vector // 2 * (2 * LANES) + 2 * lane + vector % 2
 
 
 def _constant(value: int) -> ir.Constant:
@@ -84,7 +86,7 @@ def _constant(value: int) -> ir.Constant:
 
 
 def _splat(value: int) -> ir.Constant:
-    return ir.Constant(_WORDS, [value] * _TILE.lanes)
+    return ir.Constant(_WORDS, [value] * LANES)
 
 
 def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> list[ir.Value]:
@@ -97,7 +99,7 @@ def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> lis
     if stored == types.float32:
         return [load(_VECTOR, v) for v in range(_TILE.vectors)]
     if stored == FLOAT16_BITS:
-        halves = ir.VectorType(ir.HalfType(), _TILE.lanes)
+        halves = ir.VectorType(ir.HalfType(), LANES)
         return [b.fpext(load(halves, v), _VECTOR) for v in range(_TILE.vectors)]
     assert stored == BFLOAT16_BITS
     words = [load(_WORDS, pair) for pair in range(_TILE.vectors // 2)]
@@ -108,7 +110,7 @@ def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> lis
 def _broadcast(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     undefined = ir.Constant(_VECTOR, ir.Undefined)
     first = b.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return b.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * _TILE.lanes))
+    return b.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES))
 
 
 @intrinsic
@@ -164,7 +166,7 @@ def _emit_rows(
 ) -> None:  # fmt: skip
     """The loop over inputs for a tile of these rows; its sums are values of the loop, hence registers."""
     fma_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    fma = cgutils.get_or_insert_function(b.module, fma_type, f"llvm.fma.v{_TILE.lanes}f32")
+    fma = cgutils.get_or_insert_function(b.module, fma_type, f"llvm.fma.v{LANES}f32")
     before, loop, after = b.block, b.append_basic_block("inputs"), b.append_basic_block("sums")
     b.branch(loop)
     b.position_at_end(loop)
@@ -182,12 +184,12 @@ def _emit_rows(
     i.add_incoming(following, loop)
     for sum_row, more_row in zip(sums, more, strict=True):
         for s, m in zip(sum_row, more_row, strict=True):
-            s.add_incoming(ir.Constant(_VECTOR, [0.0] * _TILE.lanes), before)
+            s.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
             s.add_incoming(m, loop)
     b.position_at_end(after)
     for r, more_row in enumerate(more):
         for v, m in enumerate(more_row):
-            place = b.gep(out, [b.add(b.mul(outputs, _constant(r)), _constant(v * _TILE.lanes))])
+            place = b.gep(out, [b.add(b.mul(outputs, _constant(r)), _constant(v * LANES))])
             b.store(m, b.bitcast(place, _VECTOR.as_pointer()), align=4)
 
 
@@ -203,7 +205,8 @@ def _emit_prefetch(b: ir.IRBuilder, place: ir.Value, length: int) -> None:
 def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # type: ignore[no-untyped-def]
     """`out[starts[e] : starts[e + 1]] = x[tokens[starts[e] : starts[e + 1]]] @ W[e].T` for every expert, O = N * P.
 
-    Rows of `x` may be wider than the I inputs: see `row_width`. The work is cut between threads by rows times panels, so that a popular expert is shared by several.
+    Rows of `x` may be wider than the I inputs: see `row_width`. The work is cut between threads by rows times panels,
+    so that a popular expert is shared by several.
     """
     experts, panels = panels_ENIP.shape[:2]
     rows_total = starts_E1[experts]
@@ -241,7 +244,6 @@ def add_weighted_rows(out_TD, tokens_S, weights_S, answer_SD, threads):  # type:
                 out_TD[token, d] += weight * answer_SD[s, d]
 
 
-_TILE_ROWS = _TILE.rows
 _PACK_INPUTS = 128  # inputs packed at a time: their part of a panel stays in the first-level cache
 
 

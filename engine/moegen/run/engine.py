@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from moegen.errors import BudgetError, SpecError
 from moegen.memory.checkpoint import Checkpoint, local_checkpoint
 from moegen.memory.kv_pool import KVPool
+from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Arithmetic, WeightHomes
 from moegen.memory.weight_stream import StreamedExperts, WeightStream
 from moegen.model.host import ModelHost
@@ -84,6 +86,7 @@ class Engine:
         with ExitStack() as stack:
             checkpoint = stack.enter_context(Checkpoint(folder))
             model, sources = checkpoint.load_dense(compute_dtype, device)
+            _require_executable(plan, sources)
             homes = stack.enter_context(
                 WeightHomes.settle(
                     sources,
@@ -168,6 +171,20 @@ class Engine:
         if text is not None and text.push(token):
             return "stop"
         return "length" if len(sequence.tokens) - sequence.prompt_tokens == params.max_tokens else None
+
+
+def _require_executable(plan: Plan, sources: Mapping[str, ExpertSource]) -> None:
+    if plan.device != "cpu" and plan.kv_home == "host":
+        raise SpecError(
+            "engine.plan.kv_home: this version keeps a GPU's KV pages on the GPU; leave it out, or say device"
+        )
+    whole = [layer for layer, source in sources.items() if not source.addressable]
+    if whole and plan.resident_groups < plan.groups:
+        raise BudgetError(
+            f"engine: the budget keeps {plan.resident_groups} of {plan.groups} groups of experts in memory, but the "
+            f"checkpoint stores those of {whole[0]} in a way that cannot be read in parts; give the engine memory for "
+            "all of them"
+        )
 
 
 def _finished(sequence: Sequence, reason: str, text: TextStream | None) -> Finished:
