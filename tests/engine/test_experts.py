@@ -181,8 +181,10 @@ def test_stored_weights_multiply_exactly(dtype: torch.dtype, out_features: int, 
     weight = torch.randn(len(counts), out_features, in_features, generator=generator).to(dtype)
     x = torch.randn(sum(counts), in_features, generator=generator)
     matrix = _matrix(weight, False, "panels")
+    assert isinstance(matrix, PanelMatrix)
     expected = torch.cat([rows @ w.float().T for rows, w in zip(x.split(list(counts)), weight, strict=True)])
     assert torch.allclose(matrix.linear(x, counts), expected, atol=1e-4)
+    assert all(torch.equal(matrix.unpacked(expert), weight[expert]) for expert in range(len(counts)))
 
 
 def test_threads_and_neighbours_change_no_bit() -> None:

@@ -203,8 +203,8 @@ def test_certify_sees_missing_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_certify_sees_lost_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = ModelHost.logits
 
-    def at_zero(self, token_ids, positions, keep, context):  # type: ignore[no-untyped-def]
-        return logits(self, token_ids, torch.zeros_like(positions), keep, context)
+    def at_zero(self, token_ids, positions, *rest):  # type: ignore[no-untyped-def]
+        return logits(self, token_ids, torch.zeros_like(positions), *rest)
 
     monkeypatch.setattr(ModelHost, "logits", at_zero)
     with pytest.raises(UnsupportedModel, match="logits differ by"):

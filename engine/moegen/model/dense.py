@@ -21,6 +21,11 @@ class PanelLinear(nn.Module):
         self._matrix = PanelMatrix(1, self.out_features, self.in_features, dtype)
         self._matrix.place(0, 0, weight_OI)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """For models that multiply with it themselves, as some do with their router's."""
+        return self._matrix.unpacked(0).float()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TI = x.reshape(-1, self.in_features)
         out_TO = self._matrix.linear(x_TI, [x_TI.shape[0]])

@@ -67,6 +67,11 @@ class PanelMatrix:
     def place_transposed(self, expert: int, matrix_IO: torch.Tensor) -> None:
         pack_transposed(self._panels_ENIP[expert], _bits(matrix_IO.to(self.dtype)), self._places)
 
+    def unpacked(self, expert: int) -> torch.Tensor:
+        """One expert's matrix as it was placed, `[O, I]`: a copy, made anew at every call."""
+        features_NIP = torch.from_numpy(self._panels_ENIP[expert][:, :, self._places]).view(self.dtype)
+        return features_NIP.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         starts = np.zeros(self.experts + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
