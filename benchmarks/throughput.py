@@ -77,6 +77,7 @@ def all_ways() -> list[Way]:
         llama_cpp(64, "float32"),
         llama_cpp(64, "bfloat16"),
         static(64, "float32"),
+        static(128, "float32"),
         static(256, "float32"),
         continuous(32, 256, "float32"),
         static(32, "float32", sample=32),  # which dtype is the faster one for transformers here
