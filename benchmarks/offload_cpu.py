@@ -132,12 +132,13 @@ def main() -> None:
     settings = {"host_memory": f"{args.budget_gib}GiB"}
     with MemoryCgroup(budget) as cgroup:
         streamed = attempt(
-            Way("moegen", "streamed", "moegen_offload", settings, memory=cgroup), checkpoint, rows, args.turn_limit
+            Way("moegen", "streamed", "moegen_engine", settings, memory=cgroup, warm_tokens=1),
+            checkpoint,
+            rows,
+            args.turn_limit,
         )
         peak = cgroup.peak_bytes
-    whole = attempt(
-        Way("moegen", "resident", "moegen_offload", {"host_memory": None}), checkpoint, rows, args.turn_limit
-    )
+    whole = attempt(Way("moegen", "resident", "moegen_engine"), checkpoint, rows, args.turn_limit)
     peers: dict[str, Any] = {}
     for batch in args.batches:
         choice = {
@@ -147,7 +148,9 @@ def main() -> None:
             "folder": str(args.folder),
         }
         with MemoryCgroup(budget) as cgroup:
-            way = Way("accelerate", f"disk offload, batch {batch}", "accelerate_offload", choice, memory=cgroup)
+            way = Way(
+                "accelerate", f"disk offload, batch {batch}", "accelerate_offload", choice, memory=cgroup, warm_tokens=1
+            )
             outcome = attempt(way, checkpoint, rows[:batch], args.turn_limit)
         made = min(batch, len(rows)) * args.answer_tokens
         peers[way.name] = outcome if isinstance(outcome, str) else {"tokens_per_s": made / outcome.seconds}

@@ -64,22 +64,15 @@ def cases() -> Iterator[Case]:
 
 
 def save_checkpoint(folder: Path, geometry: dict[str, int]) -> None:
-    import torch
-    from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig
+
+    from benchmarks.random_checkpoint import save_random_checkpoint
 
     config = Qwen3MoeConfig(
         **geometry, intermediate_size=geometry["moe_intermediate_size"], vocab_size=VOCAB_SIZE, norm_topk_prob=True,
         max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None, eos_token_id=256,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
-    model.generation_config = GenerationConfig(eos_token_id=256)
-    model.save_pretrained(folder)
+    save_random_checkpoint(folder, config)
     tiny_tokenizer(folder)
 
 

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))  # its modules also run alone, in other environments
 
 from environment import PeerUnavailable
 from llama_cpp_engine import ENVIRONMENT as LLAMA_CPP
+from random_checkpoint import save_random_checkpoint
 from results import Results
 from turn import Row
 from vllm_cpu import ENVIRONMENT as VLLM
@@ -95,17 +95,6 @@ def ragged_rows(count: int, longest_answer: int = 128, seed: int = 0) -> list[Ro
     ]
 
 
-def save_checkpoint(folder: Path) -> None:
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(GEOMETRY)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
-    model.save_pretrained(folder)
-
-
 def measure(ways: Sequence[Way], checkpoint: Path, results: Results, rounds: int, limit_s: float) -> Iterator[None]:
     """Takes every turn, interleaved; yields after each. After round 1 only what is near its engine's best goes on."""
     for number in range(1, rounds + 1):
@@ -155,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="moegen-bench-") as folder:
         checkpoint = args.checkpoint or Path(folder)
         if not args.checkpoint:
-            save_checkpoint(checkpoint)
+            save_random_checkpoint(checkpoint, GEOMETRY)
         for _ in measure(ways, checkpoint, results, args.rounds, args.turn_limit):
             args.out.write_text(json.dumps(results.as_mapping(requirements), indent=2) + "\n")
     results.print_table()

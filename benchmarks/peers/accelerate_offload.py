@@ -23,4 +23,4 @@ def open_engine(turn: Turn) -> Generate:
 
 
 if __name__ == "__main__":
-    take(open_engine, warm_tokens=1)
+    take(open_engine)

@@ -1,14 +1,18 @@
-"""moegen, with the plan that it chooses for this machine and `settings` on top."""
+"""moegen, with the plan that it chooses; says also what it streamed and how its tail went.
+
+Of `settings`, `host_memory` is the budget that the plan is chosen for; the others are fields of the plan.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from moegen.plan.machine import Machine
 from moegen.plan.search import choose_plan
 from moegen.run.engine import Engine
+from moegen.run.stats import PassReport
 from moegen.schedule.sequence import Finished, Request
 from moegen.shape import ModelShape
 from moegen.spec import Engine as EngineSpec
@@ -19,8 +23,10 @@ _TAIL = 0.05  # the share of rows that end last
 
 
 def open_engine(turn: Turn) -> Generate:
-    plan = choose_plan(ModelShape.read(turn.checkpoint), Machine.detect("cpu"), EngineSpec(device="cpu"))
-    engine = Engine.open(turn.checkpoint, replace(plan, **turn.settings), tokenizer=None)
+    spec = EngineSpec(device="cpu", host_memory=turn.settings.get("host_memory"))
+    plan = choose_plan(ModelShape.read(turn.checkpoint), Machine.detect("cpu"), spec)
+    own = {name: value for name, value in turn.settings.items() if name != "host_memory"}
+    engine = Engine.open(turn.checkpoint, replace(plan, **own), tokenizer=None)
     return lambda rows: generate(engine, rows)
 
 
@@ -28,21 +34,32 @@ def generate(engine: Engine, rows: Sequence[Row]) -> Outcome:
     answers: list[list[int]] = [[] for _ in rows]
     ended, made, started = 0, 0, time.perf_counter()
     progress = [(0.0, 0, 0)]  # after every pass: seconds, tokens generated, rows ended
+    passes: list[PassReport] = []
     for event in engine.generate(_requests(rows)):
         if isinstance(event, Finished):
             answers[event.row_index] = list(event.token_ids)
             ended += 1
         else:
+            passes.append(event)
             made += event.generated_tokens
             progress.append((time.perf_counter() - started, made, ended))
-    return Outcome(answers, figures=tail(progress, len(rows)))
+    return Outcome(answers, figures={**tail(progress, len(rows)), **streaming(passes), "plan": asdict(engine.plan)})
+
+
+def streaming(passes: Sequence[PassReport]) -> dict[str, float]:
+    """What came from disk, and how long arithmetic waited for it."""
+    traffics = [report.traffic for report in passes if report.traffic]
+    return {
+        "disk_bytes": sum(traffic.disk_bytes for traffic in traffics),
+        "waited_seconds": sum(traffic.waited_s for traffic in traffics),
+    }
 
 
 def tail(progress: list[tuple[float, int, int]], rows: int) -> dict[str, float]:
     """Generated tokens per second over the middle half of the tokens, and from when 5 % of the rows are left."""
     total = progress[-1][1]
     middle = [point for point in progress if total / 4 <= point[1] <= 3 * total / 4]
-    last = [point for point in progress if point[2] >= (1 - _TAIL) * rows]
+    last = progress[sum(point[2] < (1 - _TAIL) * rows for point in progress) - 1 :]  # from the last pass before
     return {
         "passes": len(progress) - 1,
         "steady_tokens_per_s": _rate(middle),

@@ -37,12 +37,13 @@ class Turn:
     checkpoint: str
     rows: list[Row]
     settings: dict[str, Any]  # the engine's own
+    warm_tokens: int = 4  # per row, at most, of the warming up
 
     @classmethod
     def read(cls, path: Path) -> Turn:
         """From a file that `write` made."""
         data = json.loads(path.read_text())
-        return cls(data["checkpoint"], [Row(**row) for row in data["rows"]], data["settings"])
+        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
     def write(self, path: Path) -> None:
         """As JSON."""
@@ -67,11 +68,11 @@ class Outcome:
 Generate = Callable[[Sequence[Row]], Outcome]
 
 
-def take(open_engine: Callable[[Turn], Generate], warm_tokens: int = 4) -> None:
-    """Opens the engine, warms it up on a few rows cut to `warm_tokens`, then times it on all rows."""
+def take(open_engine: Callable[[Turn], Generate]) -> None:
+    """Opens the engine, warms it up on a few rows cut to the turn's `warm_tokens`, then times it on all rows."""
     turn, started = Turn.read(Path(sys.argv[1])), time.perf_counter()
     generate = open_engine(turn)
-    generate([replace(row, answer_tokens=min(row.answer_tokens, warm_tokens)) for row in turn.rows[:4]])
+    generate([replace(row, answer_tokens=min(row.answer_tokens, turn.warm_tokens)) for row in turn.rows[:4]])
     opened = time.perf_counter()
     outcome = generate(turn.rows)
     outcome = replace(outcome, seconds=time.perf_counter() - opened, open_seconds=opened - started)

@@ -26,6 +26,7 @@ class Way:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: Environment | None = None  # None: the one that runs the benchmark
     memory: MemoryCgroup | None = None  # what its turns run in
+    warm_tokens: int = 4
     sample: int | None = None  # a side question, asked once and of the first rows only; None: all rows
 
     @property
@@ -41,7 +42,7 @@ class Way:
             self.environment.make()
         with tempfile.TemporaryDirectory(prefix="moegen-bench-turn-") as name:
             folder = Path(name)
-            Turn(str(checkpoint), list(rows), self.settings).write(folder / "turn.json")
+            Turn(str(checkpoint), list(rows), self.settings, self.warm_tokens).write(folder / "turn.json")
             self._run(folder, limit_s)
             outcome = Outcome.read(folder / "outcome.json")
         wrong = [i for i, row in enumerate(rows) if len(outcome.answers[i]) != row.answer_tokens]

@@ -166,7 +166,10 @@ def _plan(args: argparse.Namespace) -> None:
 def _workload(args: argparse.Namespace, spec: JobSpec, max_context_tokens: int) -> Workload | None:
     """As the arguments say, else as the job's table is; None where neither says."""
     from moegen.job.lengths import table_workload
+    from moegen.job.prepare import Preparer, needed_columns
     from moegen.plan.workload import Workload
+    from moegen.table.reader import TableReader
+    from moegen.text import Tokenizer
 
     if args.rows is not None or args.prompt_tokens is not None:
         if args.rows is None or args.prompt_tokens is None:
@@ -175,7 +178,8 @@ def _workload(args: argparse.Namespace, spec: JobSpec, max_context_tokens: int) 
     if args.job is None:
         return None
     try:
-        return table_workload(spec, max_context_tokens)
+        reader = TableReader(spec.input, needed_columns(spec))
+        return table_workload(reader, Preparer(spec, Tokenizer.load(spec.model.uri), max_context_tokens))
     except (InputError, StorageError) as error:
         print(f"moegen: lengths not known, so nothing is predicted: {_one_line(error)}", file=sys.stderr)
         return None

@@ -187,6 +187,7 @@ class PlanOverrides:
     attention_tokens: int | None = None  # tokens per attention micro-batch
     expert_tokens: int | None = None  # tokens per expert chunk
     pass_tokens: int | None = None  # tokens per pass: every decode token and the prefill that fits
+    level_tokens: int | None = None  # towards the end of a job, rows wait while passes have so many tokens
     page_tokens: int | None = None  # tokens per KV page
     kv_pages: int | None = None  # pages in the pool
     group_experts: int | None = None  # consecutive experts that move together

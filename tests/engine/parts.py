@@ -20,7 +20,7 @@ def plan(**sizes: Any) -> Plan:
         "resident_groups": 1, "host_groups": 0, "stream_slots": 0, "stream_depth": 0, "reader_threads": 0,
         "host": MemoryUse(), "device_memory": MemoryUse(),
     }  # fmt: skip
-    return Plan(**{**usual, **sizes})
+    return Plan(**{**usual, "level_tokens": sizes.get("pass_tokens", 64), **sizes})
 
 
 def run(engine: Engine, requests: Iterable[Request]) -> tuple[dict[int, Finished], list[PassReport]]:

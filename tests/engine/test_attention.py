@@ -255,8 +255,7 @@ _NARROW = """
 import sys
 import llvmlite.binding
 features = llvmlite.binding.get_host_cpu_features()
-kept = {name: on and not name.startswith("avx512") for name, on in features.items()}
-kept["avx"] = kept["avx"] and sys.argv[1] == "8"
+kept = {name: on and not name.startswith("avx512") for name, on in features.items()} | {"neon": sys.argv[1] == "4"}
 llvmlite.binding.get_host_cpu_features = lambda: type(features)(kept)
 from moegen.ops import vectors
 assert vectors.LANES == int(sys.argv[1]), vectors.LANES

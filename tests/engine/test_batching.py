@@ -23,11 +23,25 @@ ROWS = 60
 END_TOKENS = [256, 258]
 # Each size over more than an order of magnitude; the pool from little more than the longest row to all rows at once.
 SIZES = [
-    {"attention_tokens": 512, "expert_tokens": 4096, "page_tokens": 32, "kv_pages": 512, "pass_tokens": 1024},
+    {
+        "attention_tokens": 512,
+        "expert_tokens": 4096,
+        "page_tokens": 32,
+        "kv_pages": 512,
+        "pass_tokens": 1024,
+        "level_tokens": 16,
+    },
     {"attention_tokens": 1, "expert_tokens": 1, "page_tokens": 1, "kv_pages": 96, "pass_tokens": 7},
     {"attention_tokens": 3, "expert_tokens": 17, "page_tokens": 4, "kv_pages": 24, "pass_tokens": 64},
     {"attention_tokens": 33, "expert_tokens": 100, "page_tokens": 5, "kv_pages": 16, "pass_tokens": 200},
-    {"attention_tokens": 9, "expert_tokens": 256, "page_tokens": 2, "kv_pages": 300, "pass_tokens": 20},
+    {
+        "attention_tokens": 9,
+        "expert_tokens": 256,
+        "page_tokens": 2,
+        "kv_pages": 300,
+        "pass_tokens": 20,
+        "level_tokens": 2,
+    },
 ]
 
 
@@ -193,9 +207,9 @@ def test_pages_are_all_free_at_the_end(checkpoint: Path, tokenizer: Tokenizer, m
     ledgers = []
     init = Scheduler.__init__
 
-    def keep(self, requests, ledger, pass_tokens):  # type: ignore[no-untyped-def]
+    def keep(self, requests, ledger, *sizes):  # type: ignore[no-untyped-def]
         ledgers.append(ledger)
-        init(self, requests, ledger, pass_tokens)
+        init(self, requests, ledger, *sizes)
 
     monkeypatch.setattr(Scheduler, "__init__", keep)
     _run(checkpoint, tokenizer, _requests(greedy=False), **SIZES[3])

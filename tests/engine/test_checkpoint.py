@@ -55,9 +55,7 @@ def read_experts(checkpoint: Checkpoint, source: ExpertSource) -> tuple[torch.Te
     groups = []
     for first in range(0, source.experts, 3):
         experts = min(3, source.experts - first)
-        up, down = (
-            PlainMatrix(experts, p.out_features, p.in_features, torch.float32, CPU) for p in (source.up, source.down)
-        )
+        up, down = (PlainMatrix(torch.empty(experts, p.out_features, p.in_features)) for p in (source.up, source.down))
         up.weight_EOI.fill_(torch.nan)
         down.weight_EOI.fill_(torch.nan)
         groups.append(ExpertGroup(first, up, down))

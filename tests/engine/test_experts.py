@@ -77,7 +77,7 @@ def test_kinds_are_what_they_say() -> None:
     assert not plain.has_gate
 
 
-FORMS = {"panels": PanelMatrix, "plain": lambda e, o, i, dtype: PlainMatrix(e, o, i, dtype, torch.device("cpu"))}
+FORMS = {"panels": PanelMatrix, "plain": lambda e, o, i, dtype: PlainMatrix(torch.empty(e, o, i, dtype=dtype))}
 
 
 def _matrix(weight: torch.Tensor, transposed: bool, form: str) -> ExpertMatrix:
@@ -143,6 +143,21 @@ def test_a_token_does_not_see_the_batch(kind: str) -> None:
         own = slice(i, i + 1)
         alone = grouped_experts(module, supply, hidden[own], ids[own], weights[own], expert_tokens=5)
         assert torch.allclose(alone[0], together[i], atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [24, 256, 1024])  # 256 and 1024: rows lie further apart than they are long
+def test_rows_are_laid_out_once_and_mean_the_same_wherever_they_lie(inputs: int) -> None:
+    matrix = PanelMatrix(1, 40, inputs, torch.float32)
+    weight, x = torch.randn(40, inputs), torch.randn(7, inputs)
+    matrix.place(0, 0, weight)
+    laid = matrix.lay_out(x)
+    assert torch.equal(laid, x)
+    assert matrix.lay_out(laid).data_ptr() == laid.data_ptr()
+    wide = torch.zeros(9, inputs + 16)
+    wide[1:8, 16:] = x
+    for same in (x, laid, laid.clone(), wide[1:8, 16:], x.T.contiguous().T, x.double()):
+        assert torch.equal(matrix.linear(same, [7]), matrix.linear(x, [7]))
+    assert torch.allclose(matrix.linear(laid[2:5], [3]), x[2:5] @ weight.T, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

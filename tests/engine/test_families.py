@@ -101,7 +101,7 @@ def test_family_is_equal_or_refused(family: str) -> None:
     reference = _reference(config)
     engine = _engine(config, reference, verdict.way)
     shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
-    assert ModelShape.of(config, shapes).kv_per_token * 4 == engine.pool.bytes_per_token
+    assert ModelShape.of(config, shapes).kv_per_token == _kv_per_token(engine.host)
     prompts = _prompts(config.get_text_config().vocab_size)
     requests = [Request(row, tuple(p), Sampling(max_tokens=ANSWER_TOKENS)) for row, p in enumerate(prompts)]
     finished, _ = run(engine, requests)
@@ -255,9 +255,13 @@ def test_this_comparison_sees_a_mixed_up_page(monkeypatch: pytest.MonkeyPatch) -
     assert answer() != _generated(reference, prompt)
 
 
-def test_pool_counts_its_bytes() -> None:
+def _kv_per_token(host: ModelHost) -> int:
+    return sum(shape.elements_per_token for shape in host.kv_shapes.values())
+
+
+def test_pool_has_the_bytes_that_the_layers_ask_for() -> None:
     config = _tiny("mimo_v2_flash")  # sliding layers have twice the heads
     host = _engine(config, _reference(config), "staged").host
     pool = KVPool(host.kv_shapes, 5, 2, torch.float32, torch.device("cpu"))
     kept = sum(t.nbytes for layer in pool.layers.values() for t in (layer.keys_PGCD, layer.values_PGCD))
-    assert kept == 5 * 2 * pool.bytes_per_token
+    assert kept == 5 * 2 * 4 * _kv_per_token(host)

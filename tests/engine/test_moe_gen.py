@@ -46,9 +46,10 @@ A5000 = Rates(
 )
 PLAN = Plan(
     device="cuda", threads=16, compute_dtype="bfloat16", expert_dtype="bfloat16", kv_dtype="bfloat16",
-    attention_tokens=1 << 20, expert_tokens=1 << 20, pass_tokens=1 << 20, logit_tokens=1 << 20, page_tokens=1,
-    kv_pages=0, kv_home="host", attention_on_host=0.0, groups=EXPERTS, group_experts=1, resident_groups=0,
-    host_groups=EXPERTS, stream_slots=2, stream_depth=1, reader_threads=0, host=MemoryUse(), device_memory=MemoryUse(),
+    attention_tokens=1 << 20, expert_tokens=1 << 20, pass_tokens=1 << 20, level_tokens=1 << 20,
+    logit_tokens=1 << 20, page_tokens=1, kv_pages=0, kv_home="host", attention_on_host=0.0, groups=EXPERTS,
+    group_experts=1, resident_groups=0, host_groups=EXPERTS, stream_slots=2, stream_depth=1, reader_threads=0,
+    host=MemoryUse(), device_memory=MemoryUse(),
 )  # fmt: skip
 
 

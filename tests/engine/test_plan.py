@@ -43,11 +43,31 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_would_do():
 
 
 def test_choices_made_by_hand_are_kept():
-    fixed = PlanOverrides(attention_tokens=3, expert_tokens=5, pass_tokens=7, page_tokens=11, kv_pages=13)
+    fixed = PlanOverrides(
+        attention_tokens=3, expert_tokens=5, pass_tokens=7, level_tokens=6, page_tokens=11, kv_pages=13
+    )
     plan = choose_plan(SHAPE, MACHINE, Engine(plan=fixed))
-    assert (plan.attention_tokens, plan.expert_tokens, plan.pass_tokens, plan.page_tokens, plan.kv_pages) == (
-        3, 5, 7, 11, 13,
-    )  # fmt: skip
+    assert [getattr(plan, name) for name, value in asdict(fixed).items() if isinstance(value, int)] == [
+        3,
+        5,
+        7,
+        6,
+        11,
+        13,
+    ]
+
+
+def test_passes_are_levelled_at_the_smallest_size_that_is_efficient():
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB"))
+    footprint = Footprint(SHAPE, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+    model, steady = CostModel(footprint, plan, nominal_rates(MACHINE)), UNKNOWN.steady_pass(plan)
+
+    def tokens_per_s(tokens: int) -> float:
+        return tokens / float(model.time(steady.scaled(tokens / float(steady.tokens[0]))).seconds[0])
+
+    assert 1 < plan.level_tokens < plan.pass_tokens
+    assert tokens_per_s(plan.level_tokens) >= 0.95 * tokens_per_s(plan.pass_tokens)
+    assert tokens_per_s(plan.level_tokens // 2) < 0.95 * tokens_per_s(plan.pass_tokens)
 
 
 def test_a_pool_fixed_by_hand_that_does_not_fit_is_refused():

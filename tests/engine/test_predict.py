@@ -135,7 +135,7 @@ def test_the_outlook_says_what_another_gibibyte_gives():
     assert f"{found.prediction.binding} binds" in text
     assert f"host {found.host_gib_tokens_per_s:+,.1f}" in text
     mapping = found.to_mapping()
-    assert mapping["prediction"]["generated_tokens_per_s"] == found.prediction.rate
+    assert mapping["prediction"]["generated_tokens_per_s"] == found.prediction.generated_tokens_per_s
 
 
 def test_without_rates_or_rows_nothing_is_predicted_and_it_says_so():

@@ -28,7 +28,8 @@ class Load:
         self.dice = random.Random(seed)
         self.requests = _requests(self.dice, rows, longest)
         self.ledger = PageLedger(pages, page_tokens)
-        self.scheduler = Scheduler(self.requests, self.ledger, pass_tokens, window=self.dice.choice([1, 2, 8, 100]))
+        level_tokens, window = self.dice.choice([None, 1, 8, 20]), self.dice.choice([1, 2, 8, 100])
+        self.scheduler = Scheduler(self.requests, self.ledger, pass_tokens, level_tokens, window)
         self.finished: dict[int, int] = {}
         self.refused: list[Finished] = []
         self.kept: dict[tuple[int, int], tuple[int, int]] = {}  # (page, slot) -> (row, position) last written there
@@ -145,9 +146,15 @@ def _passes(max_tokens: list[int], window: int) -> tuple[list[list[int]], list[i
     """The rows of each pass, and the rows in the order in which they end; two run at a time."""
     requests = [Request(row, (1, 2), Sampling(max_tokens=tokens)) for row, tokens in enumerate(max_tokens)]
     scheduler = Scheduler(requests, PageLedger(100, 4), pass_tokens=4, window=window)
+    steps, ended = _driven(scheduler)
+    return [sorted(c.sequence.request.row_index for c in step.chunks) for step in steps], ended
+
+
+def _driven(scheduler: Scheduler) -> tuple[list[Step], list[int]]:
+    """Every pass, and the rows in the order in which they end."""
     passes, ended = [], []
     while (step := scheduler.next_step()) is not None:
-        passes.append(sorted(c.sequence.request.row_index for c in step.chunks))
+        passes.append(step)
         for chunk in step.chunks:
             chunk.sequence.computed += chunk.length
         for sequence in step.sampled:
@@ -172,6 +179,32 @@ def test_a_window_is_admitted_whole_before_the_next() -> None:
     first_seen = {row: min(i for i, rows in enumerate(passes) if row in rows) for row in range(6)}
     assert [first_seen[row] for row in (2, 1, 0)] == sorted(first_seen[row] for row in (0, 1, 2))
     assert max(first_seen[row] for row in (0, 1, 2)) <= min(first_seen[row] for row in (3, 4, 5))
+
+
+def _ragged(rows: int) -> list[Request]:
+    return [Request(row, (1, 2, 3, 4), Sampling(max_tokens=1 + row % 32)) for row in range(rows)]
+
+
+def test_passes_are_alike_once_no_more_rows_come() -> None:
+    tokens = sum(4 + request.params.max_tokens - 1 for request in _ragged(256))
+    levelled, ended = _driven(Scheduler(_ragged(256), PageLedger(4000, 4), pass_tokens=1000, level_tokens=10))
+    assert sorted(ended) == list(range(256))
+    assert len(levelled) <= 32 + 2
+    assert max(step.tokens for step in levelled) <= 1.3 * tokens / 32
+    assert min(step.tokens for step in levelled[:-4]) >= 0.7 * tokens / 32
+    at_once, _ = _driven(Scheduler(_ragged(256), PageLedger(4000, 4), pass_tokens=1000))
+    assert at_once[0].tokens == 1000
+    assert at_once[-8].tokens < 0.5 * tokens / 32
+
+
+def test_a_pass_is_never_made_smaller_than_an_efficient_one() -> None:
+    steps, _ = _driven(Scheduler(_ragged(256), PageLedger(4000, 4), pass_tokens=1000, level_tokens=400))
+    assert steps[0].tokens == steps[1].tokens == 400
+
+
+def test_passes_are_full_while_more_rows_may_come() -> None:
+    scheduler = Scheduler(_ragged(256), PageLedger(4000, 4), pass_tokens=100, level_tokens=10, window=64)
+    assert [scheduler.next_step().tokens] == [100]  # type: ignore[union-attr]
 
 
 def test_admission_leaves_a_page_of_growth_for_each() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moegen.ops.host_memory import host_zeros
 from moegen.ops.kv_pages import LayerPages
 
 
@@ -40,19 +38,8 @@ class KVPool:
             )
             for layer, shape in shapes.items()
         }
-        self.bytes_per_token = sum(shape.elements_per_token for shape in shapes.values()) * dtype.itemsize
 
 
 def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Not zeroed: only what was written is ever read, and untouched pages cost the host no memory.
-
-    On a Linux host in huge pages of the operating system, where it has them: a sequence's pages lie anywhere, and with
-    small ones attention waits for address translation at each of them.
-    """
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    elements = math.prod(shape)
-    memory = mmap.mmap(-1, max(elements * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=elements).view(shape)
+    """Only what was written is ever read; on a host, pages that are never used cost no memory."""
+    return host_zeros(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)

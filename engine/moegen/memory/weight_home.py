@@ -147,10 +147,7 @@ def read_all(reads: Iterable[tuple[ExpertGroup, ReadRequest]], files: DirectFile
 
 
 def _over(memory: torch.Tensor, projection: StoredProjection) -> PlainMatrix:
-    matrix = PlainMatrix(0, projection.out_features, projection.in_features, memory.dtype, memory.device)
-    matrix.weight_EOI = memory.view(-1, projection.out_features, projection.in_features)
-    matrix.experts = matrix.weight_EOI.shape[0]
-    return matrix
+    return PlainMatrix(memory.view(-1, projection.out_features, projection.in_features))
 
 
 @contextmanager

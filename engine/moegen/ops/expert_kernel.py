@@ -22,35 +22,29 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from moegen.ops.vector_ir import I64, LANES, LINE_BYTES, V32, VF, call, halves, i64, prefetch, splat, vf
 
 
 @dataclass(frozen=True)
 class _Tile:
     """What fits the vector registers: `rows * vectors` sums, the weights of one input, one broadcast."""
 
-    lanes: int  # float32 per vector
     vectors: int  # per panel; even, since bfloat16 weights lie in pairs
     rows: int
 
 
-def _host_tile() -> _Tile:
-    features = binding.get_host_cpu_features()
-    if features.get("avx512f"):
-        return _Tile(lanes=16, vectors=2, rows=14)  # 32 registers
-    if features.get("neon"):
-        return _Tile(lanes=4, vectors=4, rows=6)  # 32 registers
-    return _Tile(lanes=8, vectors=2, rows=6)  # 16 registers
-
-
-_TILE = _host_tile()
-LANES = _TILE.lanes
+_TILE = {
+    16: _Tile(vectors=2, rows=14),  # 32 registers (AVX-512)
+    8: _Tile(vectors=2, rows=6),  # 16 (AVX2)
+    4: _Tile(vectors=4, rows=6),  # 32 (NEON)
+}[LANES]
 PANEL = LANES * _TILE.vectors
 _TILE_ROWS = _TILE.rows
-_CACHE_LINE = 64
 _ROW_BLOCK = 6 * _TILE_ROWS  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
 
 
@@ -64,8 +58,6 @@ def row_width(inputs: int) -> int:
 
 
 BFLOAT16_BITS, FLOAT16_BITS = types.uint16, types.int16  # Numba has neither dtype: their bits travel so
-_BYTE, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VECTOR, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
 def panel_places(bfloat16: bool) -> np.ndarray:
@@ -81,36 +73,20 @@ def panel_places(bfloat16: bool) -> np.ndarray:
     return vector // 2 * (2 * LANES) + 2 * lane + vector % 2
 
 
-def _constant(value: int) -> ir.Constant:
-    return ir.Constant(_I64, value)
-
-
-def _splat(value: int) -> ir.Constant:
-    return ir.Constant(_WORDS, [value] * LANES)
-
-
 def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> list[ir.Value]:
     """The float32 vectors of one input's `PANEL` weights."""
 
     def load(kind: ir.Type, index: int) -> ir.Value:
-        place = b.gep(b.bitcast(pointer, kind.as_pointer()), [_constant(index)])
+        place = b.gep(b.bitcast(pointer, kind.as_pointer()), [i64(index)])
         return b.load(place, align=2)
 
     if stored == types.float32:
-        return [load(_VECTOR, v) for v in range(_TILE.vectors)]
+        return [load(VF, v) for v in range(_TILE.vectors)]
     if stored == FLOAT16_BITS:
-        halves = ir.VectorType(ir.HalfType(), LANES)
-        return [b.fpext(load(halves, v), _VECTOR) for v in range(_TILE.vectors)]
+        float16 = ir.VectorType(ir.HalfType(), LANES)
+        return [b.fpext(load(float16, v), VF) for v in range(_TILE.vectors)]
     assert stored == BFLOAT16_BITS
-    words = [load(_WORDS, pair) for pair in range(_TILE.vectors // 2)]
-    halves_of = ((b.shl(word, _splat(16)), b.and_(word, _splat(0xFFFF0000))) for word in words)
-    return [b.bitcast(half, _VECTOR) for pair in halves_of for half in pair]
-
-
-def _broadcast(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    first = b.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return b.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES))
+    return [half for pair in range(_TILE.vectors // 2) for half in halves(b, load(V32, pair))]
 
 
 @intrinsic
@@ -137,20 +113,20 @@ def _tile(
         outputs = cgutils.unpack_tuple(b, out_view.shape)[1]
         _, panels_per_expert, inputs, _ = cgutils.unpack_tuple(b, panels_view.shape)
         row_tokens = b.gep(tokens_view.data, [row])
-        out_row = b.gep(out_view.data, [b.add(b.mul(row, outputs), b.mul(panel, _constant(PANEL)))])
-        index = b.mul(b.add(b.mul(expert, panels_per_expert), panel), b.mul(inputs, _constant(PANEL)))
+        out_row = b.gep(out_view.data, [b.add(b.mul(row, outputs), b.mul(panel, i64(PANEL)))])
+        index = b.mul(b.add(b.mul(expert, panels_per_expert), panel), b.mul(inputs, i64(PANEL)))
         weights = b.gep(panels_view.data, [index])
-        following = b.bitcast(b.gep(weights, [b.mul(inputs, _constant(PANEL))]), _BYTE.as_pointer())
-        input_bytes = _constant(PANEL * stored.bitwidth // 8)
-        ahead = b.gep(following, [b.sdiv(b.mul(b.mul(part, inputs), input_bytes), parts)])
+        following = b.ptrtoint(b.gep(weights, [b.mul(inputs, i64(PANEL))]), I64)
+        input_bytes = i64(PANEL * stored.bitwidth // 8)
+        ahead = b.add(following, b.sdiv(b.mul(b.mul(part, inputs), input_bytes), parts))
         ahead_step = b.sdiv(input_bytes, parts)
         end = b.append_basic_block("tile.end")
         choice = b.switch(rows, end)
         for count in range(1, _TILE.rows + 1):
             block = b.append_basic_block(f"tile.{count}")
-            choice.add_case(_constant(count), block)
+            choice.add_case(i64(count), block)
             b.position_at_end(block)
-            places = [b.load(b.gep(row_tokens, [_constant(r)])) for r in range(count)]
+            places = [b.load(b.gep(row_tokens, [i64(r)])) for r in range(count)]
             x_rows = [b.gep(x_view.data, [b.mul(place, x_width)]) for place in places]
             _emit_rows(b, x_rows, inputs, weights, stored, out_row, outputs, ahead, ahead_step)
             b.branch(end)
@@ -165,40 +141,32 @@ def _emit_rows(
     outputs: ir.Value, ahead: ir.Value, ahead_step: ir.Value,
 ) -> None:  # fmt: skip
     """The loop over inputs for a tile of these rows; its sums are values of the loop, hence registers."""
-    fma_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    fma = cgutils.get_or_insert_function(b.module, fma_type, f"llvm.fma.v{LANES}f32")
     before, loop, after = b.block, b.append_basic_block("inputs"), b.append_basic_block("sums")
     b.branch(loop)
     b.position_at_end(loop)
-    i = b.phi(_I64)
-    sums = [[b.phi(_VECTOR) for _ in range(_TILE.vectors)] for _ in x_rows]
-    _emit_prefetch(b, b.gep(ahead, [b.mul(i, ahead_step)]), PANEL * stored.bitwidth // 8)
-    vectors = _load_weights(b, b.gep(weights, [b.mul(i, _constant(PANEL))]), stored)
+    i = b.phi(I64)
+    sums = [[b.phi(VF) for _ in range(_TILE.vectors)] for _ in x_rows]
+    place = b.add(ahead, b.mul(i, ahead_step))
+    for line in range(0, PANEL * stored.bitwidth // 8, LINE_BYTES):
+        prefetch(b, b.add(place, i64(line)))
+    vectors = _load_weights(b, b.gep(weights, [b.mul(i, i64(PANEL))]), stored)
     more = []
     for x_row, sum_row in zip(x_rows, sums, strict=True):
-        value = _broadcast(b, b.load(b.gep(x_row, [i])))
-        more.append([b.call(fma, [value, vector, s]) for vector, s in zip(vectors, sum_row, strict=True)])
-    following = b.add(i, _constant(1))
+        value = splat(b, b.load(b.gep(x_row, [i])))
+        more.append([call(b, "fma", value, vector, s) for vector, s in zip(vectors, sum_row, strict=True)])
+    following = b.add(i, i64(1))
     b.cbranch(b.icmp_signed("<", following, inputs), loop, after)
-    i.add_incoming(_constant(0), before)
+    i.add_incoming(i64(0), before)
     i.add_incoming(following, loop)
     for sum_row, more_row in zip(sums, more, strict=True):
         for s, m in zip(sum_row, more_row, strict=True):
-            s.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+            s.add_incoming(vf(0.0), before)
             s.add_incoming(m, loop)
     b.position_at_end(after)
     for r, more_row in enumerate(more):
         for v, m in enumerate(more_row):
-            place = b.gep(out, [b.add(b.mul(outputs, _constant(r)), _constant(v * LANES))])
-            b.store(m, b.bitcast(place, _VECTOR.as_pointer()), align=4)
-
-
-def _emit_prefetch(b: ir.IRBuilder, place: ir.Value, length: int) -> None:
-    """Of every cache line in `length` bytes, for reading, into the second-level cache."""
-    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
-    prefetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
-    for offset in range(0, length, _CACHE_LINE):
-        b.call(prefetch, [b.gep(place, [_constant(offset)]), *(ir.Constant(_I32, value) for value in (0, 2, 1))])
+            place = b.gep(out, [b.add(b.mul(outputs, i64(r)), i64(v * LANES))])
+            b.store(m, b.bitcast(place, VF.as_pointer()), align=4)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")

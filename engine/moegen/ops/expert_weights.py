@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from moegen.ops.expert_kernel import PANEL, grouped_panels, pack_rows, pack_transposed, panel_places, row_width
+from moegen.ops.host_memory import host_zeros
 from moegen.ops.threads import numba_threads
 
 UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate
@@ -41,6 +42,10 @@ class ExpertMatrix(Protocol):
         """Sets one expert's whole matrix from its transpose."""
         ...
 
+    def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """The same numbers as `linear` reads them best: what meets several groups or chunks is laid out once."""
+        ...
+
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         """`[S, O]`: the next `counts[e]` rows of `x[tokens]`, or of `x` itself, times expert e's matrix."""
         ...
@@ -55,7 +60,7 @@ class PanelMatrix:
         panels = -(-out_features // PANEL)
         self._places = panel_places(dtype == torch.bfloat16)
         # Zeros, as nothing is placed in the last panel's features beyond `out_features`.
-        self._panels_ENIP = _bits(torch.zeros(experts, panels, in_features, PANEL, dtype=dtype))
+        self._panels_ENIP = _bits(host_zeros((experts, panels, in_features, PANEL), dtype))
 
     @property
     def nbytes(self) -> int:
@@ -72,25 +77,33 @@ class PanelMatrix:
         features_NIP = torch.from_numpy(self._panels_ENIP[expert][:, :, self._places]).view(self.dtype)
         return features_NIP.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
+    def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """In float32, rows `row_width` apart; returned as it is where it lies so."""
+        tokens, inputs = x_TI.shape
+        width = row_width(inputs)
+        if x_TI.dtype == torch.float32 and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
+            return x_TI
+        laid_TI = torch.empty(tokens, width)[:, :inputs]
+        return laid_TI.copy_(x_TI)
+
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         starts = np.zeros(self.experts + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         out_SO = torch.empty(len(tokens), self._panels_ENIP.shape[1] * PANEL)
-        x = _padded(x_TI).numpy()
+        laid_TI = self.lay_out(x_TI)
+        x = laid_TI.as_strided((laid_TI.shape[0], laid_TI.stride(0)), laid_TI.stride())  # with the gaps between rows
         with numba_threads() as threads:
-            grouped_panels(x, tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
+            grouped_panels(x.numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
         return out_SO[:, : self.out_features]
 
 
 class PlainMatrix:
-    """As torch multiplies them."""
+    """As torch multiplies them: over memory that is given, `[E, O, I]`."""
 
-    def __init__(
-        self, experts: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.experts, self.out_features, self.in_features = experts, out_features, in_features
-        self.weight_EOI = torch.empty(experts, out_features, in_features, dtype=dtype, device=device)
+    def __init__(self, weight_EOI: torch.Tensor) -> None:
+        self.experts, self.out_features, self.in_features = weight_EOI.shape
+        self.weight_EOI = weight_EOI
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +115,9 @@ class PlainMatrix:
     def place_transposed(self, expert: int, matrix_IO: torch.Tensor) -> None:
         self.weight_EOI[expert].copy_(matrix_IO.T)
 
+    def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return x_TI
+
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         x_SI = x_TI if tokens_S is None else x_TI[tokens_S]
         weight_EIO = self.weight_EOI.transpose(1, 2)
@@ -109,16 +125,6 @@ class PlainMatrix:
             return torch.cat([x @ w for x, w in zip(x_SI.split(list(counts)), weight_EIO, strict=True)])
         offsets_E = torch.tensor(counts, device=x_SI.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
-
-
-def _padded(x_TI: torch.Tensor) -> torch.Tensor:
-    tokens, inputs = x_TI.shape
-    width = row_width(inputs)
-    if width == inputs:
-        return x_TI.float().contiguous()
-    x = torch.empty(tokens, width)
-    x[:, :inputs] = x_TI
-    return x
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
@@ -187,4 +193,4 @@ def expert_matrix(
     """An empty one, in the form in which `device` multiplies in `compute_dtype`."""
     if device.type == "cpu" and compute_dtype == torch.float32:
         return PanelMatrix(experts, out_features, in_features, dtype)
-    return PlainMatrix(experts, out_features, in_features, compute_dtype, device)
+    return PlainMatrix(torch.empty(experts, out_features, in_features, dtype=compute_dtype, device=device))

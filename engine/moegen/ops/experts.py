@@ -48,11 +48,13 @@ def grouped_experts(
     counts_E = torch.bincount(ids_S, minlength=module.num_experts)[: module.num_experts].tolist()
     starts_E = [0, *torch.tensor(counts_E).cumsum(0).tolist()]
     out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+    laid_TD = hidden_TD
     for group in supply.lend(counts_E):
+        laid_TD = group.up.lay_out(laid_TD)
         own_E = counts_E[group.first : group.first + group.experts]
         for chunk in _chunks(own_E, starts_E[group.first], expert_tokens):
             rows = tokens_S[chunk.pairs]
-            answer = _expert_mlp(module, group, hidden_TD, rows, ids_S[chunk.pairs], chunk.counts)
+            answer = _expert_mlp(module, group, laid_TD, rows, ids_S[chunk.pairs], chunk.counts)
             _add_rows(out_TD, rows, weights_S[chunk.pairs], answer, chunk.counts)
     return out_TD.to(hidden_TD.dtype)
 

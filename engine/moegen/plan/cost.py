@@ -32,7 +32,7 @@ class Load:
     prefill_tokens: Floats
     prefill_pairs: Floats  # (query, key) pairs of the prefill tokens
 
-    def scaled(self, factor: float) -> Load:
+    def scaled(self, factor: float | Floats) -> Load:
         return Load(*(getattr(self, item.name) * factor for item in fields(self)))
 
 

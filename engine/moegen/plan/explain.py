@@ -62,7 +62,8 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
     lines = [*_memory("host", plan.host), *_memory("device", plan.device_memory)]
     lines += [
         f"pass      {plan.pass_tokens} tokens ({plan.pass_tokens * sparsity:.0f} per expert), attention in "
-        f"micro-batches of {plan.attention_tokens}, experts in chunks of {plan.expert_tokens} pairs",
+        f"micro-batches of {plan.attention_tokens}, experts in chunks of {plan.expert_tokens} pairs; "
+        f"{plan.level_tokens} or more at the end of the job",
         f"pages     {plan.kv_pages} of {plan.page_tokens} tokens on the {plan.kv_home}: the longest prompt and answer "
         f"{plan.max_sequence_tokens} tokens",
     ]
@@ -83,7 +84,7 @@ def _promise(machine: Machine, outlook: Outlook) -> list[str]:
     lines = [
         f"rows      {workload.rows:,}: {workload.mean_prompt:,.0f} prompt tokens and {workload.mean_answer:,.0f} of "
         "answer in the mean, if every answer is as long as it may be",
-        f"speed     {found.rate:,.1f} generated tokens/s over {format_duration(found.seconds)}, "
+        f"speed     {found.generated_tokens_per_s:,.1f} generated tokens/s over {format_duration(found.seconds)}, "
         f"{found.steady_tokens_per_s:,.1f} while rows are left, the tail {format_duration(found.tail_seconds)}",
         f"          {found.binding} binds: " + ", ".join(_shares(found.seconds_by_term, found.seconds)),
     ]

@@ -35,15 +35,17 @@ class Outlook:
 
         def with_more(host: int, device: int) -> float:
             larger, asked = _larger(machine, engine, host, device)
-            return _predicted(shape, larger, choose_plan(shape, larger, asked, dtype, workload), workload).rate
+            return _predicted(
+                shape, larger, choose_plan(shape, larger, asked, dtype, workload), workload
+            ).generated_tokens_per_s
 
         prediction = _predicted(shape, machine, plan, workload)
         return cls(
             plan,
             workload,
             prediction,
-            with_more(GIB, 0) - prediction.rate,
-            with_more(0, GIB) - prediction.rate if machine.device != "cpu" else None,
+            with_more(GIB, 0) - prediction.generated_tokens_per_s,
+            with_more(0, GIB) - prediction.generated_tokens_per_s if machine.device != "cpu" else None,
         )
 
     def to_mapping(self) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Plan:
     attention_tokens: int  # tokens per attention micro-batch
     expert_tokens: int  # token-expert pairs per expert chunk
     pass_tokens: int  # tokens per pass: every running sequence's decode token and the prefill that fits
+    level_tokens: int  # a pass of so many is efficient: towards the end of a job, rows wait while passes have them
     logit_tokens: int  # tokens whose logits exist at once; a pass that samples more goes through the head in pieces
     page_tokens: int  # tokens per KV page
     kv_pages: int

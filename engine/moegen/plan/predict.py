@@ -44,11 +44,6 @@ class Prediction:
     binding: str  # the term that most time goes by
     seconds_by_term: dict[str, float]  # terms overlap: their sum may be more than `seconds`
 
-    @property
-    def rate(self) -> float:
-        """Generated tokens per second over the whole job."""
-        return self.generated_tokens_per_s
-
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -61,6 +56,7 @@ def predict(footprint: Footprint, plan: Plan, rates: Rates, workload: Workload) 
         plan,
         kv_pages=max(round(plan.kv_pages / scale), -(-workload.longest // plan.page_tokens)),
         pass_tokens=max(round(plan.pass_tokens / scale), 1),
+        level_tokens=max(round(plan.level_tokens / scale), 1),
     )
     most = int(_SIMULATED_ROWS * max(workload.concurrency(small), 1))
     simulated = min(rows, max(most, int(_STEPS / workload.mean_answer)))
@@ -108,7 +104,8 @@ def _share(term: np.ndarray, seconds: np.ndarray, steady: slice) -> float:
 def simulate(plan: Plan, workload: Workload, window: int = WINDOW_ROWS) -> Run:
     """The passes that the scheduler makes of `workload` under `plan`."""
     requests = list(_requests(workload))
-    scheduler = Scheduler(requests, PageLedger(plan.kv_pages, plan.page_tokens), plan.pass_tokens, window)
+    ledger = PageLedger(plan.kv_pages, plan.page_tokens)
+    scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window)
     passes: list[tuple[float, ...]] = []
     waiting, admitting = workload.rows, 0
     while chunks := scheduler.next_chunks():

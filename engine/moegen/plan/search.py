@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from moegen.errors import BudgetError
 from moegen.plan.cost import CostModel, balanced_attention
 from moegen.plan.curve import Surface
@@ -28,7 +30,10 @@ _ONE_THREAD_FLOPS = 1e8  # about a millisecond of one core
 _BUSY_ROWS = 512  # rows per expert from which a GEMM runs near its peak rate
 _MIN_PASS_TOKENS = 2048
 _PASS_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
+_LEVEL_TOKENS = (32, 64, 128, 192, *_PASS_TOKENS)
+_EFFICIENT = 0.95  # of the speed of the largest pass
 _ATTENTION_TOKENS, _EXPERT_TOKENS, _PAGE_TOKENS = 2048, 8192, 32
+_CHUNK_BYTES, _MIN_EXPERT_TOKENS = 24 << 20, 512
 _SLOTS = (2, 3, 4, 6, 8)
 _DEVICE_SLOTS = (2, 4)  # a copy over the link waits for no seek
 _READER_THREADS, _STAGING_BYTES = 3, 8 << 20  # each reader reads into a buffer of its own
@@ -58,7 +63,8 @@ def choose_plan(
     fitting = [plan for plan in search.plans() if plan.host.spare >= 0 and plan.device_memory.spare >= 0]
     if not fitting:
         raise search.refusal()
-    return max(fitting, key=search.worth)
+    best = max(fitting, key=search.worth)
+    return replace(best, level_tokens=engine.plan.level_tokens or search.level_tokens(best))
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,14 @@ class _Search:
         seconds = CostModel(self.footprint, plan, self.rates).time(load).seconds
         return float(load.sampled[0] / seconds[0]), -plan.disk_groups, -plan.host.used
 
+    def level_tokens(self, plan: Plan) -> int:
+        """The smallest pass whose tokens cost hardly more time each than those of the largest."""
+        steady = self.workload.steady_pass(plan)
+        sizes = np.array([size for size in _LEVEL_TOKENS if size < plan.pass_tokens] + [plan.pass_tokens])
+        loads = steady.scaled(sizes / steady.tokens)
+        seconds_per_token = CostModel(self.footprint, plan, self.rates).time(loads).seconds / sizes
+        return int(sizes[seconds_per_token <= seconds_per_token[-1] / _EFFICIENT][0])
+
     def plans(self) -> Iterator[Plan]:
         """Every candidate, whether it fits or not."""
         for resident in self._residents():
@@ -114,6 +128,14 @@ class _Search:
         shape = self.footprint.shape
         busy = _BUSY_ROWS * shape.experts // shape.experts_per_token if shape.experts_per_token else _BUSY_ROWS
         return tuple(size for size in _PASS_TOKENS if moves or size <= max(busy, _MIN_PASS_TOKENS))
+
+    @property
+    def _expert_tokens(self) -> int:
+        """On a CPU, so few that no activation of a chunk is larger than what the C library keeps."""
+        if self.machine.device != "cpu" or not self.footprint.shape.experts:
+            return _EXPERT_TOKENS
+        widest = max(self.footprint.shape.hidden_size, 2 * self.footprint.expert_width)  # gate and up side by side
+        return min(max(_CHUNK_BYTES // (4 * widest), _MIN_EXPERT_TOKENS), _EXPERT_TOKENS)
 
     @property
     def _slots(self) -> tuple[int, ...]:
@@ -131,7 +153,7 @@ class _Search:
         fixed, footprint = self.engine.plan, self.footprint
         attention_tokens = fixed.attention_tokens or min(_ATTENTION_TOKENS, pass_tokens)
         expert_tokens = fixed.expert_tokens or min(
-            _EXPERT_TOKENS, pass_tokens * max(footprint.shape.experts_per_token, 1)
+            self._expert_tokens, pass_tokens * max(footprint.shape.experts_per_token, 1)
         )
         readers = (fixed.reader_threads or _READER_THREADS) if slots else 0
         depth = max(slots - 1, 0) if fixed.stream_depth is None else min(fixed.stream_depth, max(slots - 1, 0))
@@ -162,6 +184,7 @@ class _Search:
             attention_tokens=attention_tokens,
             expert_tokens=expert_tokens,
             pass_tokens=pass_tokens,
+            level_tokens=pass_tokens,
             logit_tokens=min(pass_tokens, footprint.logit_tokens),
             page_tokens=fixed.page_tokens or _PAGE_TOKENS,
             kv_pages=0,

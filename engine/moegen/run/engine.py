@@ -18,6 +18,7 @@ from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Arithmetic, WeightHomes
 from moegen.memory.weight_stream import StreamedExperts, WeightStream
 from moegen.model.host import ModelHost
+from moegen.ops.host_memory import keep_freed_memory
 from moegen.ops.sampling import sample
 from moegen.plan.plan import Plan
 from moegen.row import Status
@@ -70,6 +71,7 @@ class Engine:
         """
         started = time.monotonic()
         torch.set_num_threads(plan.threads)
+        keep_freed_memory()
         way = certify(read_config(model_uri))
         with ExitStack() as stack:
             folder = stack.enter_context(local_checkpoint(model_uri))
@@ -126,7 +128,9 @@ class Engine:
 
         Yields each row as it ends, in any order, and one report after every pass.
         """
-        scheduler = Scheduler(requests, PageLedger(self.plan.kv_pages, self.plan.page_tokens), self.plan.pass_tokens)
+        plan = self.plan
+        ledger = PageLedger(plan.kv_pages, plan.page_tokens)
+        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens)
         texts: dict[Sequence, TextStream] = {}
         self.recorder.begin()
         while True:

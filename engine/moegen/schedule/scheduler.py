@@ -5,8 +5,9 @@ Invariants:
 - A sequence is admitted only with pages for all its tokens; it grows page by page while it decodes.
 - When no page is free the youngest sequence is preempted: its pages go back, its tokens stay, and it is
   computed again later. Sampling depends on (seed, row, position) alone, so its answer does not change.
-- Rows are drawn a window at a time, and those that may answer longest enter first: the last rows in flight are short
-  ones, and the job's tail is. A window is admitted whole before the next is drawn, so that no row waits for ever.
+- Rows are drawn a window at a time, and those that may answer longest enter first. A window is admitted whole before
+  the next is drawn, so that no row waits for ever.
+- Once no more rows come, rows enter only as fast as keeps the remaining passes of one size: see `level`.
 - The oldest sequence is never preempted for another, and no sequence is admitted that could outgrow the whole
   pool: so the oldest always ends, and admission cannot livelock.
 """
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from moegen.row import RowError, Status
+from moegen.schedule.level import Level
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.sequence import Finished, Request, Sequence
 from moegen.schedule.step import Chunk, Step
@@ -32,8 +34,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, requests: Iterable[Request], ledger: PageLedger, pass_tokens: int, window: int = WINDOW_ROWS
+        self,
+        requests: Iterable[Request],
+        ledger: PageLedger,
+        pass_tokens: int,
+        level_tokens: int | None = None,
+        window: int = WINDOW_ROWS,
     ) -> None:
+        """Without `level_tokens`, every pass is as large as it can be."""
         self.ledger = ledger
         self.pass_tokens = pass_tokens
         self.running: list[Sequence] = []  # oldest first
@@ -42,6 +50,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # preempted, or drawn but not yet admitted
         self._requests: Iterator[Request] = iter(requests)
         self._drawn = 0
+        self._exhausted = False  # no more rows come
+        self._level = Level(pass_tokens, pass_tokens if level_tokens is None else level_tokens)
 
     def next_step(self) -> Step | None:
         """The next pass, or None when every request has ended (rows newly refused may remain in `refused`)."""
@@ -51,16 +61,20 @@ class Scheduler:
     def next_chunks(self) -> list[Chunk]:
         """What makes the next pass, decode tokens first."""
         self._grow_running()
-        chunks, room = [], self.pass_tokens
+        if not self._waiting:
+            self._draw()
+        self._level.begin_pass([*self.running, *self._waiting], more=not self._exhausted)
+        chunks: list[Chunk] = []
+        taken = 0
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):  # decode first; stable: oldest first
-            length = min(sequence.pending, room)
-            if length:
+            room = self._level.room(sequence, taken) if sequence.pending > 1 else 1
+            if length := min(sequence.pending, room):
                 chunks.append(Chunk(sequence, sequence.computed, length))
-                room -= length
-        while room > 0 and (admitted := self._admit()) is not None:
-            length = min(admitted.pending, room)
+                taken += length
+        while (admitted := self._admit(taken)) is not None:
+            length = min(admitted.pending, self._level.room(admitted, taken))
             chunks.append(Chunk(admitted, 0, length))
-            room -= length
+            taken += length
         return chunks
 
     def end(self, sequence: Sequence) -> None:
@@ -83,11 +97,16 @@ class Scheduler:
         sequence.computed = 0
         self._waiting.appendleft(sequence)
 
-    def _admit(self) -> Sequence | None:
-        """Moves the next sequence from waiting to running if its pages are free, with a page of growth for each."""
+    def _admit(self, taken: int) -> Sequence | None:
+        """Moves the next sequence from waiting to running if the pass, with `taken` tokens in it, has room for it.
+
+        And if its pages are free, with a page of growth for each that runs.
+        """
         if len(self.running) >= self.pass_tokens or not (self._waiting or self._draw()):
             return None
         sequence = self._waiting[0]
+        if not self._level.room(sequence, taken):
+            return None
         needed = self.ledger.pages_for(len(sequence.tokens))
         if self.running and self.ledger.free < needed + len(self.running):
             return None
@@ -101,6 +120,7 @@ class Scheduler:
     def _draw(self) -> bool:
         """Draws the next window, if there is one; rows that can never fit are refused with a status."""
         drawn: list[Request] = []
+        self._exhausted = True
         for request in self._requests:
             tokens = len(request.token_ids) + request.params.max_tokens
             if tokens <= self.ledger.capacity_tokens:
@@ -108,6 +128,7 @@ class Scheduler:
             else:
                 self.refused.append(_never_fits(request, tokens, self.ledger.capacity_tokens))
             if len(drawn) == self._window:
+                self._exhausted = False
                 break
         for request in sorted(drawn, key=lambda r: -r.params.max_tokens):  # stable: else as they came
             self._waiting.append(Sequence(request, self._drawn, list(request.token_ids)))

@@ -55,3 +55,13 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to be computed: 1 for a decoding sequence, more while it is being prefilled."""
         return len(self.tokens) - self.computed
+
+    @property
+    def answer_left(self) -> int:
+        """Tokens that the answer may still get, hence passes that the sequence may still take."""
+        return self.prompt_tokens + self.request.params.max_tokens - len(self.tokens)
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens still to be computed until then; an answer's last token never is."""
+        return self.prompt_tokens + self.request.params.max_tokens - 1 - self.computed

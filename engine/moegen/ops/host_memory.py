@@ -1,0 +1,38 @@
+"""Host memory without waiting for the operating system: large tensors on its huge pages, freed ones kept for the next.
+
+With small pages a kernel that reads weights or KV pages from all over the memory waits for address translation. And a
+pass makes and frees gigabytes of activations, which are faulted in anew, page by page, if they went back in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+
+import torch
+
+
+def host_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that cost no memory until they are touched."""
+    elements = math.prod(shape)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, max(elements * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=elements).view(shape)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_LARGEST_KEPT = 32 << 20  # the most that glibc allows
+_KEPT = 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed, tensors of up to 32 MiB each and a GiB of them, if it is one that can."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)

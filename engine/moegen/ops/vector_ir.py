@@ -1,0 +1,89 @@
+"""LLVM IR for the kernels that Numba's loop vectoriser would not find by itself: the words that they are written in.
+
+Addresses are integers, strides are in elements or, where named so, in bytes. Arithmetic is float32. A vector is as wide
+as the host's registers.
+
+Numba caches a compiled kernel by its own file: after a change here, change the kernels that use it.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+LANES = 16 if _FEATURES.get("avx512f") else 4 if _FEATURES.get("neon") else 8  # float32 per vector
+LINE_BYTES = 64  # of a cache line
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I16, I32, F32))
+
+
+def i64(value: int) -> ir.Constant:
+    """An address, an index or a count."""
+    return ir.Constant(I64, value)
+
+
+def v32(lanes: list[int]) -> ir.Constant:
+    """A vector of these words."""
+    return ir.Constant(V32, lanes)
+
+
+def vf(value: float) -> ir.Constant:
+    """A vector of this number, in every lane."""
+    return ir.Constant(VF, [ir.Constant(F32, value)] * LANES)
+
+
+def splat(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    """A vector of this number or word, in every lane."""
+    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    return b.shuffle_vector(b.insert_element(empty, scalar, ir.Constant(I32, 0)), empty, v32([0] * LANES))
+
+
+def call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """LLVM's own function of float32 vectors."""
+    kind = ir.FunctionType(VF, [VF] * len(args))
+    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{LANES}f32"), args)
+
+
+def at(b: ir.IRBuilder, address: ir.Value, index: ir.Value | int, stride: int) -> ir.Value:
+    """`address + index * stride`, in bytes."""
+    return b.add(address, b.mul(i64(index) if isinstance(index, int) else index, i64(stride)))
+
+
+def load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    """What is at an address that is aligned to its elements at least."""
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=2 if kind in (V16, I16) else 4)
+
+
+def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    """Puts it there."""
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def nbytes(kind: types.Type) -> int:
+    """Of a float32, or of the bits of a bfloat16."""
+    return 4 if kind == types.float32 else 2
+
+
+def as_float(b: ir.IRBuilder, address: ir.Value, kind: types.Type, vector: bool = True) -> ir.Value:
+    """LANES elements, or one, as float32."""
+    if kind == types.float32:
+        return load(b, address, VF if vector else F32)
+    bits = b.zext(load(b, address, V16 if vector else I16), V32 if vector else I32)
+    sixteen = v32([16] * LANES) if vector else ir.Constant(I32, 16)
+    return b.bitcast(b.shl(bits, sixteen), VF if vector else F32)
+
+
+def halves(b: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:
+    """Of words that hold two bfloat16 each: the lower ones and the upper ones, as float32."""
+    return [b.bitcast(half, VF) for half in (b.shl(words, v32([16] * LANES)), b.and_(words, v32([0xFFFF0000] * LANES)))]
+
+
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Of its cache line, for reading, into the second-level cache."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    read, into_l2, data = (ir.Constant(I32, n) for n in (0, 2, 1))
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(function, [b.inttoptr(address, I8.as_pointer()), read, into_l2, data])
