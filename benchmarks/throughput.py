@@ -3,7 +3,8 @@
 The model has random weights in a Qwen3-MoE geometry; prompts and answer lengths are ragged; every engine gets the same
 token ids and must generate exactly the wanted number of tokens per row, greedily. Each turn of an engine is a process
 of its own that opens the checkpoint, warms up, and is timed over generation alone; rounds interleave the engines. The
-best dtype and settings of each peer count: a way that is far behind its engine's best in the first round runs no more.
+best dtype and settings of each peer count: a way that is far behind its engine's best, or less than half as fast as the
+fastest of all, in the first round runs no more.
 vLLM and llama.cpp live in environments of their own, made at the first run. The ceiling is what the machine's best
 GEMM rate, measured before every round, would allow.
 
@@ -114,8 +115,11 @@ def measure(ways: Sequence[Way], checkpoint: Path, results: Results, rounds: int
 
 
 def near_best(way: Way, results: Results) -> bool:
-    best = results.best(way.engine)
-    return way.name in results.whole and results.medians[way.name] >= 0.9 * results.medians[best]
+    """Whether another turn can change what is said: it is near its engine's best, and not far behind all."""
+    if way.name not in results.whole:
+        return False
+    rate, best = results.medians[way.name], results.medians[results.best(way.engine)]
+    return rate >= 0.9 * best and rate >= 0.5 * max(results.medians.values())
 
 
 def main() -> None:
