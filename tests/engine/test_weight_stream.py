@@ -220,6 +220,25 @@ def _each(layer: StreamedExperts, counts: list[int], reference, pieces) -> Itera
         yield group
 
 
+def test_popular_experts_are_read_ahead_first_where_some_meet_no_token(opened, monkeypatch) -> None:
+    monkeypatch.setattr(read_request, "_ENOUGH_BYTES", 0)  # as if these experts were large
+    with streaming(opened) as s:
+        piece = s.pieces[0]  # of experts 0 and 1
+
+        def first_read() -> set[int]:
+            return set(next(iter(s.stream._popular_first(piece))).experts)
+
+        stored_first = first_read()
+        s.stream.note(piece.layer, [9, 9] + [0] * (EXPERTS - 2))
+        assert first_read() == stored_first
+        for _ in range(8):
+            s.stream.note(piece.layer, [0, 2] + [0] * (EXPERTS - 2))
+        assert first_read() == {1}
+        for _ in range(8):
+            s.stream.note(piece.layer, [1, 0] + [0] * (EXPERTS - 2))
+        assert first_read() == {0}
+
+
 def test_what_was_left_out_is_read_when_it_is_needed(opened, reference) -> None:
     with streaming(opened, depth=2) as s:
         for used in ({0}, {1}, {0, 1}, None):

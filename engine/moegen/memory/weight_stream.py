@@ -4,6 +4,9 @@
 ring. The pieces that passes need are announced in order, and `depth` of them are read ahead by reader threads; depth 0
 reads a piece when it is taken, in the thread that takes it.
 
+Where a pass is so small that some experts meet no token, those that met many of late are read first: what the router
+then does not ask for and has not been begun is left out.
+
 The invariant that makes any order of takes correct: the slots belong to the piece in use and to those announced after
 it, cyclically. Taking a piece moves this window to it. What falls out of the window is read no further, and keeps its
 slot only until another piece needs it.
@@ -19,11 +22,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
+
 from moegen.memory.direct_read import DirectFiles
 from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Piece, WeightHomes
 from moegen.memory.weight_slot import Fill, HostCopy, Slot, SlotReader, Work
 from moegen.ops.expert_weights import ExpertGroup
+
+Floats = npt.NDArray[np.float64]
+_REMEMBERED = 0.5  # of what experts met, from one pass to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,7 @@ class WeightStream:
         self._place: dict[Piece, int] = {}
         self._at = -1  # the place in the order of the piece taken last
         self._skipped: frozenset[Piece] = frozenset()
+        self._met: dict[str, Floats] = {}  # layer -> tokens per expert, of late
         self._window: tuple[Piece, ...] = ()  # the most urgent first
         self._changed = threading.Condition()
         self._closed = False
@@ -118,6 +128,11 @@ class WeightStream:
         """These announced pieces will not be taken before the next `skip`: they are not read ahead."""
         with self._changed:
             self._skipped = frozenset(pieces)
+
+    def note(self, layer: str, counts_E: Sequence[int]) -> None:
+        """In a pass, each expert of a layer met so many tokens."""
+        with self._changed:
+            self._met[layer] = np.array(counts_E, np.float64) + _REMEMBERED * self._met.get(layer, 0.0)
 
     @contextmanager
     def take(self, piece: Piece, used: Collection[int] | None = None) -> Iterator[ExpertGroup]:
@@ -196,8 +211,15 @@ class WeightStream:
     def _begin_fills(self) -> None:
         for piece in self._window:
             if piece not in self._fills and (slot := self._room(self._kind(piece))) is not None:
-                self._fills[piece] = Fill(piece, slot, deque(self._works[piece]))
+                self._fills[piece] = Fill(piece, slot, deque(self._popular_first(piece)))
         self._changed.notify_all()
+
+    def _popular_first(self, piece: Piece) -> Sequence[Work]:
+        """A piece's works as they lie on disk, unless lately not all of its experts were used."""
+        works, met_E = self._works[piece], self._met.get(piece.layer)
+        if met_E is None or (met_E[piece.first : piece.first + piece.experts] >= 1).all():
+            return works
+        return sorted(works, key=lambda work: -sum(met_E[expert] for expert in work.experts))
 
     def _room(self, kind: _Kind) -> Slot | None:
         """A free slot, or that of a piece outside the window that nobody uses or reads."""
@@ -272,6 +294,7 @@ class StreamedExperts:
         """The groups that have tokens, in expert order; of a group, only the experts that have tokens are read."""
         used = {expert for expert, count in enumerate(counts_E) if count}
         own = {piece: used & set(range(piece.first, piece.first + piece.experts)) for piece in self.pieces}
+        self.stream.note(self.pieces[0].layer, counts_E)
         self.stream.skip(piece for piece, experts in own.items() if not experts)
         for piece, experts in own.items():
             if experts:
