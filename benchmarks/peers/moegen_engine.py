@@ -9,6 +9,7 @@ from dataclasses import replace
 from moegen.plan.machine import Machine
 from moegen.plan.search import choose_plan
 from moegen.run.engine import Engine
+from moegen.run.stats import PassReport
 from moegen.schedule.sequence import Finished, Request
 from moegen.shape import ModelShape
 from moegen.spec import Engine as EngineSpec
@@ -32,7 +33,7 @@ def generate(engine: Engine, rows: Sequence[Row]) -> Outcome:
         if isinstance(event, Finished):
             answers[event.row_index] = list(event.token_ids)
             ended += 1
-        else:
+        elif isinstance(event, PassReport):
             made += event.generated_tokens
             progress.append((time.perf_counter() - started, made, ended))
     return Outcome(answers, figures=tail(progress, len(rows)))

@@ -33,7 +33,7 @@ def generate(engine: Engine, rows: Sequence[Row]) -> Outcome:
     for event in engine.generate(requests):
         if isinstance(event, Finished):
             answers[event.row_index] = list(event.token_ids)
-        else:
+        elif isinstance(event, PassReport):
             passes.append(event)
     figures = {
         "plan": asdict(engine.plan),
