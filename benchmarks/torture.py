@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -94,11 +93,13 @@ class Runner:
         return self.exit_code
 
     def wait(self) -> int:
+        """Until it has ended."""
         until(lambda: self.poll() is not None, f"the end of a runner; its log is {self.log}")
         assert self.exit_code is not None
         return self.exit_code
 
     def kill(self, number: int = signal.SIGKILL) -> None:
+        """A signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -150,6 +151,7 @@ class Bench:
                 table.write(json.dumps({"id": row, "prompt": prompt}) + "\n")
 
     def spec(self, output: Path, *, sampled: bool = False, **sections: Any) -> Spec:
+        """Of a job over the table."""
         spec: Spec = {
             "input": {"uri": str(self.table)},
             "prompt": {"column": "prompt"},

@@ -24,6 +24,7 @@ from moegen.units import GIB, MIB
 
 BLOCK_BYTES = 8 * MIB  # one request to an object store
 _VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "mtime", "created")
+_IGNORE_CONDITIONS: set[str] = set()  # filesystems, by their token
 _BUGS = (AttributeError, LookupError, NameError, TypeError)  # not storage's doing
 
 
@@ -191,8 +192,9 @@ def local_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
 def put_create(uri: str, data: bytes) -> bool:
     """Creates the object with all of `data` at once; False, and nothing changed, when the name is taken.
 
-    Of several writers one wins, and a crash never leaves part of the data at the name. An object store that does not
-    know create-only writes is asked first whether the name is taken: then two writers at the same moment both win.
+    Of several writers one wins, and a crash never leaves part of the data at the name. An object store that refuses
+    create-only writes, or is known to ignore them, is asked first whether the name is taken: there two writers at the
+    same moment both win.
 
     Raises:
         StorageError: storage refused.
@@ -203,6 +205,8 @@ def put_create(uri: str, data: bytes) -> bool:
             return _link(Path(path), data)
         # One PUT: object stores honour create-only there, but not all of them when a multipart upload completes.
         one_put = {"chunksize": 5 * GIB} if "s3" in fs.protocol else {}
+        if fs._fs_token in _IGNORE_CONDITIONS and fs.exists(path):
+            return False
         try:
             fs.pipe_file(path, data, mode="create", **one_put)
         except OSError as error:  # FileExistsError, or what a backend makes of 412 Precondition Failed
@@ -212,6 +216,11 @@ def put_create(uri: str, data: bytes) -> bool:
                 raise
             fs.pipe_file(path, data, **one_put)
     return True
+
+
+def ask_before_create(uri: str) -> None:
+    """The storage at `uri` was found to ignore create-only writes: from now on `put_create` asks it first."""
+    _IGNORE_CONDITIONS.add(open_fs(uri)[0]._fs_token)
 
 
 def put_replace(uri: str, data: bytes) -> None:

@@ -111,9 +111,11 @@ class Flight:
     def _requests(self) -> Iterator[Request]:
         for batch, rows in self._batches:
             self._check()
-            for row in self._writer.add_batch(batch):
-                if row in self._found:
-                    self._settle(self._found[row], known=True)
+            wanted = self._writer.add_batch(batch)
+            known = [index for index in wanted if index in self._found]
+            self._meter.add_seen(len(wanted) - len(known))
+            for index in known:
+                self._settle(self._found[index], known=True)
             for row in rows:
                 if isinstance(row, RowResult):
                     self._settle(row)

@@ -33,7 +33,8 @@ class Marks:
 
     Attributes:
         crashes: row index -> how often the engine crashed with it.
-        careful: rows are named before they enter the engine, not soon after; by default once something has crashed.
+        careful: every row is named before it enters the engine, not only the first ones and the others soon after; so
+            it is once something has crashed.
     """
 
     def __init__(self, folder: str, epoch: int, *, after_crash: bool = False, void_epoch: int | None = None) -> None:
@@ -51,7 +52,7 @@ class Marks:
         """These rows enter the engine."""
         with self._mutex:
             self._unnamed.update(row for row in rows if not any(row in named for named in self._files.values()))
-        if self.careful:
+        if self.careful or self._written == 0:
             self.sync()
 
     def end(self, row: int) -> None:

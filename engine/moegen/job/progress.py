@@ -46,7 +46,7 @@ class Meter:
     def __init__(self, report: Callable[[Progress], None], now: Callable[[], float] = time.monotonic) -> None:
         self._report, self._now = report, now
         self._stage = "starting"
-        self._total = self._done = self._committed = 0
+        self._total = self._done = self._seen = self._committed = 0
         self._prompt_tokens = self._completion_tokens = self._generated = 0
         self._statuses: dict[str, int] = {}
         self._samples: deque[tuple[float, int, int]] = deque()  # time, rows done, tokens generated
@@ -56,13 +56,19 @@ class Meter:
     def resume(self, rows_total: int, committed: Totals, journaled: Totals | None = None) -> None:
         """The table has `rows_total` rows; the other counts are those of its committed parts and of the journal."""
         found = committed + (journaled or Totals())
-        self._total, self._done, self._committed = rows_total, found.rows, committed.rows
+        self._total, self._committed = rows_total, committed.rows
+        self._done = self._seen = found.rows
         self._statuses = dict(found.statuses)
         self._prompt_tokens, self._completion_tokens = found.prompt_tokens, found.completion_tokens
 
     @property
     def rows_total(self) -> int:
         return self._total
+
+    @property
+    def rows_seen(self) -> int:
+        """Rows that are done or have been read, those of earlier runs included."""
+        return self._seen
 
     @property
     def totals(self) -> Totals:
@@ -83,6 +89,10 @@ class Meter:
         if stage == "running":
             self._samples.append((self._now(), self._done, self._generated))
         self.report()
+
+    def add_seen(self, rows: int) -> None:
+        """So many more rows were read, to be run."""
+        self._seen += rows
 
     def add_row(self, result: RowResult) -> None:
         """One more row has its result."""

@@ -55,14 +55,19 @@ class Rules:
     def _check_rate(self) -> None:
         if not self._rate_checked and self._meter.totals.rows >= _CHECK_ROWS:
             self._rate_checked = True
-            self.check_end(self._meter.totals)
+            # Rows that cannot run have failed when they are read, long before those beside them are answered.
+            self._check_share(self._meter.totals, self._meter.rows_seen)
 
     def check_end(self, totals: Totals) -> None:
         """Raises `TooManyErrors` when more rows failed than `errors.max_error_rate` allows."""
-        if totals.error_rate > self._errors.max_error_rate:
+        self._check_share(totals, totals.rows)
+
+    def _check_share(self, totals: Totals, rows: int) -> None:
+        count = sum(totals.failed.values())
+        if rows and count / rows > self._errors.max_error_rate:
             failed = ", ".join(f"{count} {status}" for status, count in totals.failed.items())
             raise TooManyErrors(
-                f"{sum(totals.failed.values())} of {totals.rows} rows failed ({failed}), more than "
+                f"{count} of {rows} rows failed ({failed}), more than "
                 f"errors.max_error_rate {self._errors.max_error_rate:g} allows, so there is no _SUCCESS; moegen "
                 "inspect shows examples; with a larger errors.max_error_rate the same job goes on from here"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from moegen.job.ahead import ahead
 from moegen.job.attempt import Attempt
 from moegen.job.digest import model_digest
 from moegen.job.flight import Flight, NoEngine
+from moegen.job.flight import Generator as RowGenerator
 from moegen.job.forecast import forecast
 from moegen.job.keeper import Keeper
 from moegen.job.lengths import table_workload
@@ -23,8 +24,9 @@ from moegen.job.progress import Meter, Progress
 from moegen.job.rules import Rules
 from moegen.job.stats_file import Stats, earlier_stats
 from moegen.plan.machine import Machine
+from moegen.plan.plan import Plan
 from moegen.plan.search import choose_plan
-from moegen.plan.workload import UNKNOWN
+from moegen.plan.workload import UNKNOWN, Workload
 from moegen.row import RowResult
 from moegen.run.figures import Yardstick
 from moegen.run.stats import PassReport
@@ -69,17 +71,12 @@ def run_job(
     meter = Meter(report)
     meter.enter("starting")
     reader = TableReader(spec.input, needed_columns(spec))
-    shape = ModelShape.read(spec.model.uri)
-    machine = Machine.detect(spec.engine.device)
-    workload = table_workload(spec, shape.max_position_embeddings)
-    plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
-    tokenizer = Tokenizer.load(spec.model.uri)
-    preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
+    setup = _Setup.of(spec)
     digest = model_digest(spec.model.uri)
-    work = fingerprint(spec, digest, tokenizer.digest, reader.files)
+    work = fingerprint(spec, digest, setup.tokenizer.digest, reader.files)
     key = spec.job.key or work[:16]
     folder = batch_folder(spec.output.uri, key)
-    batch_plan = BatchPlan.of(spec, work, (digest, tokenizer.digest), reader.files, reader.rows)
+    batch_plan = BatchPlan.of(spec, work, (digest, setup.tokenizer.digest), reader.files, reader.rows)
     if spec.output.mode == "create":
         batch_plan.check(folder)
     with Lease(folder, spec.checkpoint.lease_seconds, stopping) as lease:
@@ -87,8 +84,8 @@ def run_job(
         batch_plan.write(folder)
         journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part)
         found = journal.read(writer.is_committed)
-        committed, journaled = writer.resumed, Totals.of(found.values())
-        meter.resume(reader.rows, committed, journaled)
+        journaled = Totals.of(found.values())
+        meter.resume(reader.rows, writer.resumed, journaled)
         rules = Rules(spec.errors, spec.limits, meter)
 
         def check() -> None:
@@ -102,38 +99,16 @@ def run_job(
             check()
             meter.enter("loading")
             marks = Marks(folder, lease.epoch, after_crash=lease.after_crash, void_epoch=lease.paused_epoch)
-            every_s = spec.checkpoint.journal_seconds
-            with ExitStack() as stack:
-                stack.enter_context(device or nullcontext())
-                keeper = stack.enter_context(Keeper(journal, marks, lease, writer, every_s, stopping))
-                prepared = ahead(_prepared(reader, writer, preparer, found), _BATCHES_AHEAD)
-                flight = Flight(
-                    stack.enter_context(closing(prepared)), writer, meter, spec.output, keeper, rules,
-                    found=found, crashes=marks.crashes, quarantine_after=spec.errors.quarantine_after, check=check,
-                )  # fmt: skip
-                meter.follow_journal(lambda: keeper.rows_journaled)
-                rows_left = reader.rows - committed.rows - journaled.rows
-                if rows_left == 0:
-                    flight.run(NoEngine())
-                else:
-                    loading = time.monotonic()
-                    os.environ.setdefault("NUMBA_NUM_THREADS", str(plan.threads))  # read once, when it is imported
-                    from moegen.run.engine import Engine
-
-                    engine = stack.enter_context(Engine.open(spec.model.uri, plan, tokenizer=tokenizer))
-                    about = {
-                        "model_uri": spec.model.uri,
-                        "resumed_rows": committed.rows,
-                        "journal_rows": journaled.rows,
-                        "load_s": time.monotonic() - loading,
-                    }
-                    yardstick = Yardstick(shape, machine, plan)
-                    promised = forecast(yardstick, workload, rows_left)
-                    attempt = Attempt(_earlier(spec, work), spec.output.uri, yardstick, promised, about)
-                    meter.follow(attempt.live)
-                    meter.enter("running")
-                    with attempt.written():
-                        flight.run(_Watched(engine, attempt.add))
+            keeper = Keeper(journal, marks, lease, writer, spec.checkpoint.journal_seconds, stopping)
+            meter.follow_journal(lambda: keeper.rows_journaled)
+            batches = ahead(_prepared(reader, writer, setup.preparer, found), _BATCHES_AHEAD)
+            flight = Flight(
+                batches, writer, meter, spec.output, keeper, rules,
+                found=found, crashes=marks.crashes, quarantine_after=spec.errors.quarantine_after, check=check,
+            )  # fmt: skip
+            begun = _Begun(work, reader.rows, writer.resumed.rows, journaled.rows)
+            with device or nullcontext(), keeper, closing(batches), _engine(spec, setup, begun, meter) as engine:
+                flight.run(engine)
         meter.enter("finishing")
         manifest = writer.finish(
             job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at,
@@ -142,6 +117,69 @@ def run_job(
         clear_batch(folder)
         rules.check_end(writer.totals)
     return manifest
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What is known of model and machine before the first row."""
+
+    shape: ModelShape
+    machine: Machine
+    workload: Workload | None
+    plan: Plan
+    tokenizer: Tokenizer
+    preparer: Preparer
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> _Setup:
+        shape = ModelShape.read(spec.model.uri)
+        machine = Machine.detect(spec.engine.device)
+        workload = table_workload(spec, shape.max_position_embeddings)
+        plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
+        tokenizer = Tokenizer.load(spec.model.uri)
+        preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
+        return cls(shape, machine, workload, plan, tokenizer, preparer)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """How far earlier runs brought the work."""
+
+    work: str  # its fingerprint
+    rows: int  # of the table
+    committed_rows: int
+    journaled_rows: int
+
+    @property
+    def rows_left(self) -> int:
+        return self.rows - self.committed_rows - self.journaled_rows
+
+
+@contextmanager
+def _engine(spec: JobSpec, setup: _Setup, begun: _Begun, meter: Meter) -> Iterator[RowGenerator]:
+    """The model, loaded, and every pass counted; no model where no row is left to run."""
+    if begun.rows_left == 0:
+        yield NoEngine()
+        return
+    loading = time.monotonic()
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(setup.plan.threads))  # Numba reads it once, when it is imported
+    from moegen.run.engine import Engine
+
+    with Engine.open(spec.model.uri, setup.plan, tokenizer=setup.tokenizer) as engine:
+        load_s = time.monotonic() - loading
+        yardstick = Yardstick(setup.shape, setup.machine, setup.plan)
+        promised = forecast(yardstick, setup.workload, begun.rows_left)
+        about = {
+            "model_uri": spec.model.uri,
+            "resumed_rows": begun.committed_rows,
+            "journal_rows": begun.journaled_rows,
+            "load_s": load_s,
+        }
+        attempt = Attempt(_earlier(spec, begun.work), spec.output.uri, yardstick, promised, about)
+        meter.follow(attempt.live)
+        meter.enter("running")
+        with attempt.written():
+            yield _Watched(engine, attempt.add)
 
 
 def _stopped(meter: Meter) -> Interrupted:

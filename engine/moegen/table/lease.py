@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moegen.errors import InputError, Interrupted, MoegenError
-from moegen.storage import join, list_names, put_create, put_replace, read_bytes, remove
+from moegen.storage import ask_before_create, join, list_names, put_create, put_replace, read_bytes, remove
 
 _NAME = re.compile(r"lease-(\d{6,})\.json")
 _BEATS = 6  # signs of life per lease
@@ -91,6 +91,7 @@ class Lease:
         self._write = threading.Lock()
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._exclusive = True  # until storage is found to ignore create-only writes
         self.epoch = 0
         self.after_crash = self.lost = False
         self.paused_epoch: int | None = None
@@ -130,8 +131,7 @@ class Lease:
             Interrupted: it is not.
             StorageError: storage refused.
         """
-        if not self.lost and max(self._epochs(), default=0) > self.epoch:
-            self.lost = True
+        self.lost = self.lost or self._succeeded()
         self.check_known()
 
     def check_known(self) -> None:
@@ -159,12 +159,12 @@ class Lease:
     def _beat(self) -> None:
         while not self._ended.wait(self._lease_s / _BEATS):
             try:
+                self.lost = self.lost or self._succeeded()
                 with self._write:
-                    if self._me.released:
+                    if self.lost or self._me.released:
                         return
                     self._me = replace(self._me, beats=self._me.beats + 1, beat_at=time.time())
                     put_replace(self._uri(self.epoch), _encoded(self._me))
-                self.lost = self.lost or max(self._epochs(), default=0) > self.epoch
             except MoegenError as error:  # the next may arrive; if none does, `check` will tell
                 log.warning("no sign of life was written: %s", error)
 
@@ -175,6 +175,8 @@ class Lease:
         if not put_create(uri, data):
             log.info("%s: create-only writes are honoured", self._folder)
             return
+        self._exclusive = False
+        ask_before_create(uri)
         log.warning(
             "%s: this storage ignores create-only writes; of two runners that begin at the same moment, the one whose "
             "lease is overwritten leaves, and parts are looked for before they are written",
@@ -183,6 +185,11 @@ class Lease:
         time.sleep(_SETTLE_S)
         if not self._is_mine(epoch):
             raise self._taken(self._read(epoch))
+
+    def _succeeded(self) -> bool:
+        if max(self._epochs(), default=0) > self.epoch:
+            return True
+        return not self._exclusive and not self._is_mine(self.epoch)
 
     def _await_silence(self, epoch: int, seen: Holder | None) -> Holder | None:
         """Until the holder is gone or was silent for its lease, by this machine's clock alone."""
