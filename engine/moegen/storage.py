@@ -223,6 +223,11 @@ def ask_before_create(uri: str) -> None:
     _IGNORE_CONDITIONS.add(open_fs(uri)[0]._fs_token)
 
 
+def asks_before_create(uri: str) -> bool:
+    """Whether `put_create` asks this storage first."""
+    return open_fs(uri)[0]._fs_token in _IGNORE_CONDITIONS
+
+
 def put_replace(uri: str, data: bytes) -> None:
     """Creates or replaces the object; readers see the old or the new content, never a mixture.
 

@@ -17,6 +17,7 @@ from moegen.errors import InputError, Interrupted, SpecError
 from moegen.job.progress import Progress
 from moegen.job.worker import run_job
 from moegen.spec import JobSpec
+from moegen.storage import list_below, read_bytes
 
 from tests.job.test_worker import PLAN, part_bytes, read, spec, table_of
 from tests.tiny import tiny_checkpoint
@@ -66,6 +67,21 @@ def test_an_interrupted_job_resumes_at_the_row(model: Path, tmp_path: Path) -> N
     assert kept(tmp_path / "out") == ["lease-000002.json", "plan.json"]
     run_job(spec(model, table, tmp_path / "straight", output={"rows_per_part": 60}))
     assert part_bytes(tmp_path / "out") == part_bytes(tmp_path / "straight")
+
+
+def test_on_s3_an_interrupted_job_resumes_at_the_row(model: Path, tmp_path: Path, bucket: str) -> None:
+    table = table_of(tmp_path, 60)
+    job = spec(model, table, tmp_path, output={"uri": f"{bucket}/out", "rows_per_part": 40}, engine={"plan": PLAN})
+    told: list[Progress] = []
+    with pytest.raises(Interrupted):
+        run_job(job, report=told.append, stopping=lambda: told[-1].rows_done >= 20)
+    manifest = run_job(job)
+    assert manifest.resumed_rows + manifest.journal_rows == told[-1].rows_done
+    left = [uri.rpartition("/")[2] for uri in list_below(f"{bucket}/out/_batch")]
+    assert left == ["lease-000002.json", "plan.json"]
+    run_job(spec(model, table, tmp_path / "straight", output={"rows_per_part": 40}))
+    for name, data in part_bytes(tmp_path / "straight").items():
+        assert read_bytes(f"{bucket}/out/{name}") == data
 
 
 def test_rows_that_are_all_in_the_journal_need_no_model(

@@ -14,7 +14,8 @@ from moegen.table.journal import Journal
 from moegen.table.lease import Lease
 from moegen.table.writer import TableWriter
 
-_TICK_S = 0.2  # until rows that entered the engine are named, and until a request to stop is seen
+_TICK_S = 0.2  # until a request to stop is seen
+_NAME_S = 1.0  # between two files that name rows in the engine
 _HANDOVER_S = 8.0  # a pass may take this long to end once asked; then the lease is released without waiting for it
 
 log = logging.getLogger(__name__)
@@ -107,14 +108,16 @@ class Keeper:
             self._finished[:0] = results
 
     def _keep(self) -> None:
-        saved = time.monotonic()
+        saved = named = time.monotonic()
         asked: float | None = None
         while not self._ended.wait(min(_TICK_S, self._every_s)):
             now = time.monotonic()
             if asked is None and self._stopping():
                 asked = now
                 self._marks.close()  # however it ends now, it is no row's fault
-            self._try(self._marks.sync)
+            if now - named >= _NAME_S:
+                self._try(self._marks.sync)
+                named = now
             if asked is not None or now - saved >= self._every_s:
                 self._try(self.save)
                 saved = now

@@ -21,7 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moegen.errors import InputError, Interrupted, MoegenError
-from moegen.storage import ask_before_create, join, list_names, put_create, put_replace, read_bytes, remove
+from moegen.storage import (
+    ask_before_create,
+    asks_before_create,
+    join,
+    list_names,
+    put_create,
+    put_replace,
+    read_bytes,
+    remove,
+)
 
 _NAME = re.compile(r"lease-(\d{6,})\.json")
 _BEATS = 6  # signs of life per lease
@@ -172,7 +181,7 @@ class Lease:
         uri, data = self._uri(epoch), _encoded(self._me)
         if not put_create(uri, data) and not self._is_mine(epoch):  # a PUT that is tried again meets itself
             raise self._taken(self._read(epoch))
-        if not put_create(uri, data):
+        if not asks_before_create(uri) and not put_create(uri, data):
             log.info("%s: create-only writes are honoured", self._folder)
             return
         self._exclusive = False
