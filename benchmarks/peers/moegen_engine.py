@@ -39,7 +39,7 @@ def generate(engine: Engine, rows: Sequence[Row]) -> Outcome:
         if isinstance(event, Finished):
             answers[event.row_index] = list(event.token_ids)
             ended += 1
-        else:
+        elif isinstance(event, PassReport):
             passes.append(event)
             made += event.generated_tokens
             progress.append((time.perf_counter() - started, made, ended))

@@ -1,7 +1,8 @@
 """The `moegen` command.
 
-Exit codes: 0 complete, 64 bad specification or argument, 65 input unreadable or changed, 69 storage, 75 interrupted
-(the same command goes on), 70 internal. Results go to standard output, progress and errors to standard error.
+Exit codes: 0 complete, 2 too many rows failed, 64 bad specification or argument, 65 input unreadable or changed,
+69 storage, 75 interrupted (the same command goes on), 70 internal. Results go to standard output, progress and errors
+to standard error.
 """
 
 from __future__ import annotations
@@ -120,9 +121,9 @@ class _StatusFile:
 
     def show(self, progress: Progress) -> None:
         now = time.monotonic()
-        new_stage = self._progress is None or self._progress.stage != progress.stage
+        news = self._progress is None or _milestone(self._progress) != _milestone(progress)
         self._progress = progress
-        if new_stage or now - self._written_at >= _STATUS_EVERY_S:
+        if news or now - self._written_at >= _STATUS_EVERY_S:
             self._written_at = now
             self._write()
 
@@ -135,9 +136,15 @@ class _StatusFile:
             RunnerStatus(progress, **ending).write(self._path)
 
 
+def _milestone(progress: Progress) -> tuple[str, int]:
+    """What must be known of a runner that ends without a word."""
+    return progress.stage, progress.rows_saved
+
+
 def _summary(manifest: Manifest, job: str) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in manifest.statuses.items()) or "none"
-    resumed = f" ({manifest.resumed_rows} were there already)" if manifest.resumed_rows else ""
+    there = manifest.resumed_rows + manifest.journal_rows
+    resumed = f" ({there} were there already)" if there else ""
     return (
         f"{job}: {manifest.rows} rows{resumed}: {counts}\n"
         f"{manifest.prompt_tokens} prompt tokens, {manifest.completion_tokens} generated tokens; "

@@ -7,6 +7,7 @@
     |   `-- CheckpointError      exit 65  a checkpoint file or tensor is missing, truncated or of another shape
     |-- StorageError             exit 69  storage refused: credentials, network, a conflict at the output
     |-- BudgetError              exit 64  the memory budget cannot hold the plan; says the smallest that would do
+    |-- TooManyErrors            exit 2   more rows failed than the job allows; there is no _SUCCESS
     `-- Interrupted              exit 75  stopped on request; what was committed stays, the same command resumes
 
 Row-level trouble is never an exception: it is a `moegen.row.RowError` in the row's result.
@@ -51,7 +52,16 @@ class BudgetError(SpecError):
     """The memory that was promised cannot hold what the job needs."""
 
 
+class TooManyErrors(MoegenError):
+    """More rows failed than `errors` allows. What is done stays; with another `errors` the same job goes on."""
+
+    exit_code = 2
+
+
 class Interrupted(MoegenError):
-    """The job was asked to stop. Committed parts stay; running the same job again resumes it."""
+    """The job ended before its last row: asked to, at a limit, or because another runner has it.
+
+    What is on storage stays; running the same job again resumes it.
+    """
 
     exit_code = 75

@@ -15,6 +15,12 @@ class Status(StrEnum):
     TOO_LONG = "too_long"  # prompt + max_tokens exceed the model's context or the KV pool
     INVALID_PARAMS = "invalid_params"  # this row's own sampling parameters cannot be used
     ERROR = "error"  # anything else; `error` says what
+    QUARANTINED = "quarantined"  # the engine crashed with this row in it, again and again, at last with it alone
+
+    @property
+    def failed(self) -> bool:
+        """Whether the row counts against `errors.max_error_rate`."""
+        return self not in (Status.OK, Status.LENGTH, Status.SKIPPED_NULL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class RowResult:
     finish_reason: str | None = None  # "stop" (end token, stop token or stop string) or "length"
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    attempts: int = 0  # how often it entered the engine: 1, and once more for every crash with it in flight
     seed: int | None = None
     input_truncated: bool = False
     token_ids: tuple[int, ...] | None = None  # generated ids, when output.include asks for them

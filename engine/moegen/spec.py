@@ -11,9 +11,11 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from typing import Any, Literal
 from moegen.errors import SpecError
 
 _T = typing.TypeVar("_T")
+JOB_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names a folder, and a part of a URL
 
 
 class JobState(StrEnum):
@@ -216,6 +219,55 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """What a crash may cost, and how long a silent runner keeps its job."""
+
+    journal_seconds: float = 30.0  # a finished row is on storage after about so long, before its part is complete
+    lease_seconds: float = 60.0  # a runner that gives no sign of life for so long has lost the job
+
+    def __post_init__(self) -> None:
+        for name, least in (("journal_seconds", 0.05), ("lease_seconds", 0.5)):
+            value = getattr(self, name)
+            _require(least <= value < math.inf, f"checkpoint.{name}", value, f"give {least} seconds or more")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What rows without an answer mean for the job."""
+
+    on_row_error: Literal["record", "fail_fast"] = "record"  # fail_fast: the first row that fails ends the job
+    max_error_rate: float = 0.05  # a larger share of failed rows ends the job after 1,000 rows, or denies it _SUCCESS
+    quarantine_after: int = 3  # crashes of the engine with a row in it, the last one with that row alone
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.max_error_rate <= 1, "errors.max_error_rate", self.max_error_rate, "give a share in [0, 1]")
+        _require(self.quarantine_after >= 2, "errors.quarantine_after", self.quarantine_after, "give 2 or more")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a job stops although rows are left; raised or taken away, the same command goes on."""
+
+    deadline: str | None = None  # a time with its offset, as in 2026-11-22T06:00:00+00:00
+    max_total_tokens: int | None = None  # of prompts and answers, over all runs of the job
+
+    def __post_init__(self) -> None:
+        _require(self.deadline is None or self.deadline_at is not None, "limits.deadline", self.deadline,
+                 "give a time with its offset from UTC, as in 2026-11-22T06:00:00+00:00")  # fmt: skip
+        _require(self.max_total_tokens is None or self.max_total_tokens >= 0, "limits.max_total_tokens",
+                 self.max_total_tokens, "give 0 or more tokens")  # fmt: skip
+
+    @property
+    def deadline_at(self) -> float | None:
+        """Unix time in seconds."""
+        try:
+            at = datetime.fromisoformat(self.deadline or "")
+        except ValueError:
+            return None
+        return at.timestamp() if at.tzinfo is not None else None
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """One job: a table in, a table out."""
 
@@ -226,6 +278,9 @@ class JobSpec:
     output: Output
     job: Job = field(default_factory=Job)
     engine: Engine = field(default_factory=Engine)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    errors: Errors = field(default_factory=Errors)
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         folder = self.output.uri.rstrip("/") + "/"
@@ -325,6 +380,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             value = [value]  # one item may be written without brackets
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is str and isinstance(value, date):  # a datetime is one too; what YAML makes of 2026-11-22
+        return value.isoformat()
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():

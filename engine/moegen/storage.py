@@ -6,6 +6,7 @@ could not be reached), with the URI and what to do about it.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import uuid
@@ -23,6 +24,7 @@ from moegen.units import GIB, MIB
 
 BLOCK_BYTES = 8 * MIB  # one request to an object store
 _VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "mtime", "created")
+_IGNORE_CONDITIONS: set[str] = set()  # filesystems, by their token
 _BUGS = (AttributeError, LookupError, NameError, TypeError)  # not storage's doing
 
 
@@ -138,6 +140,14 @@ def list_names(folder: str) -> list[str]:
     return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
 
 
+def list_below(folder: str) -> list[str]:
+    """The URIs of the files in a folder, to any depth, sorted; none when there is no such folder."""
+    fs, path = open_fs(folder)
+    with storage_errors(folder, "listed"):
+        found = fs.find(path)
+    return sorted(fs.unstrip_protocol(name) for name in found)
+
+
 def open_input(uri: str, access: Literal["random", "sequential"]) -> BinaryIO:
     """Opens for reading; `random` caches nothing (the caller buffers), `sequential` reads ahead in large blocks.
 
@@ -182,7 +192,9 @@ def local_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
 def put_create(uri: str, data: bytes) -> bool:
     """Creates the object with all of `data` at once; False, and nothing changed, when the name is taken.
 
-    Of several writers one wins, and a crash never leaves part of the data at the name.
+    Of several writers one wins, and a crash never leaves part of the data at the name. An object store that refuses
+    create-only writes, or is known to ignore them, is asked first whether the name is taken: there two writers at the
+    same moment both win.
 
     Raises:
         StorageError: storage refused.
@@ -193,13 +205,27 @@ def put_create(uri: str, data: bytes) -> bool:
             return _link(Path(path), data)
         # One PUT: object stores honour create-only there, but not all of them when a multipart upload completes.
         one_put = {"chunksize": 5 * GIB} if "s3" in fs.protocol else {}
+        if fs._fs_token in _IGNORE_CONDITIONS and fs.exists(path):
+            return False
         try:
             fs.pipe_file(path, data, mode="create", **one_put)
-        except OSError:  # FileExistsError, or what a backend makes of 412 Precondition Failed
+        except OSError as error:  # FileExistsError, or what a backend makes of 412 Precondition Failed
             if fs.exists(path):
                 return False
-            raise
+            if error.errno != errno.ENOSYS:  # 501 Not Implemented: the condition, not the write
+                raise
+            fs.pipe_file(path, data, **one_put)
     return True
+
+
+def ask_before_create(uri: str) -> None:
+    """The storage at `uri` was found to ignore create-only writes: from now on `put_create` asks it first."""
+    _IGNORE_CONDITIONS.add(open_fs(uri)[0]._fs_token)
+
+
+def asks_before_create(uri: str) -> bool:
+    """Whether `put_create` asks this storage first."""
+    return open_fs(uri)[0]._fs_token in _IGNORE_CONDITIONS
 
 
 def put_replace(uri: str, data: bytes) -> None:

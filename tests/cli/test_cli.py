@@ -132,6 +132,10 @@ def edited(change: Callable[[Job], object]) -> Callable[[Path], list[str]]:
         (edited(lambda spec: spec["input"].update(uri="nowhere.jsonl")), 65, "nowhere.jsonl"),
         (edited(lambda spec: spec["model"].update(uri="nowhere")), 65, "nowhere"),
         (edited(lambda spec: spec["output"].update(uri="/dev/null/out")), 69, "/dev/null/out"),
+        (edited(lambda spec: spec["sampling"].update(max_tokens=600)), 2, "20 of 20 rows failed (20 too_long)"),
+        (edited(lambda spec: spec.update(errors={"on_row_error": "fail_fast"}, sampling={"max_tokens": 600})), 2,
+         "row 0 has the status too_long (too_long)"),
+        (edited(lambda spec: spec.update(limits={"deadline": "2026-01-01T00:00:00Z"})), 75, "at limits.deadline"),
     ],
 )  # fmt: skip
 def test_exit_codes(job: Path, arguments: Callable[[Path], list[str]], code: int, says: str) -> None:

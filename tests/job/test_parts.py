@@ -20,6 +20,7 @@ from moegen.job.digest import model_digest
 from moegen.job.progress import Meter, Progress
 from moegen.row import RowResult, Status
 from moegen.spec import JobSpec
+from moegen.table.part import Totals
 from safetensors.numpy import save_file
 
 # --- ahead ----------------------------------------------------------------------------------------------------------
@@ -199,7 +200,8 @@ def test_meter_counts_resumed_rows_but_rates_only_new_ones() -> None:
     clock, told = [100.0], list[Progress]()
     meter = Meter(told.append, now=lambda: clock[0])
     meter.enter("starting")
-    meter.resume(40, {"ok": 10}, prompt_tokens=50, completion_tokens=20)
+    meter.resume(40, Totals(7, {"ok": 7}, 30, 10), Totals(3, {"length": 1, "ok": 2}, 20, 10))
+    meter.follow_journal(lambda: 5)
     meter.enter("running")
     for _ in range(10):
         meter.add_row(RowResult(0, Status.OK, prompt_tokens=3, completion_tokens=2))
@@ -212,13 +214,14 @@ def test_meter_counts_resumed_rows_but_rates_only_new_ones() -> None:
         stage="running",
         rows_done=21,
         rows_total=40,
-        rows_committed=18,
+        rows_committed=15,
+        rows_saved=20,
         rows_per_s=5.5,
         tokens_per_s=10.0,
         eta_s=3.5,
         prompt_tokens=80,
         completion_tokens=40,
-        statuses={"ok": 20, "skipped_null": 1},
+        statuses={"length": 1, "ok": 19, "skipped_null": 1},
     )
 
 

@@ -43,16 +43,16 @@ def test_a_recovered_job_knows_what_its_lost_runner_did(tmp_path: Path) -> None:
     with JobStore(tmp_path) as store:
         store.submit("job", SPEC, 0, 1.0)
         store.start_next(2.0)
-        RunnerStatus({"stage": "running", "rows_committed": 40}).write(store.status_file("job", 1))
+        RunnerStatus({"stage": "running", "rows_saved": 40}).write(store.status_file("job", 1))
     with JobStore(tmp_path) as store:
         (record,) = store.all()
-        assert (record.state, record.rows_committed, record.output_begun) == (JobState.QUEUED, 40, True)
-        assert store.status(record).rows_committed == 40
+        assert (record.state, record.rows_saved, record.output_begun) == (JobState.QUEUED, 40, True)
+        assert store.status(record).rows_saved == 40
         store.start_next(3.0)
         (record,) = store.all()
-        assert store.status(record).rows_committed == 40  # until the new runner tells something itself
-        RunnerStatus({"stage": "starting", "rows_committed": 0}).write(store.status_file("job", 2))
-        assert store.status(record).rows_committed == 0
+        assert store.status(record).rows_saved == 40  # until the new runner tells something itself
+        RunnerStatus({"stage": "starting", "rows_saved": 0}).write(store.status_file("job", 2))
+        assert store.status(record).rows_saved == 0
 
 
 def test_one_service_per_folder(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from moegen.table.manifest import Manifest
 from tests.tiny import GEOMETRY, tiny_checkpoint
 
 ROWS = 300
+ANY_ERRORS = {"max_error_rate": 1}
 ANSWERED = "ok|length"  # which of the two is the model's affair
 
 
@@ -94,7 +95,8 @@ def test_jsonl_table_with_everything_that_can_be_wrong(model: Path, tmp_path: Pa
     lines = [jsonl_line(index) for index in range(ROWS)]
     (tmp_path / "in.jsonl").write_text("\n".join(line for line, _ in lines), encoding="utf-8")
     told: list[Progress] = []
-    job = spec(model, tmp_path / "in.jsonl", tmp_path / "out", sampling={"max_tokens": 6, "params_column": "params"})
+    sampling = {"max_tokens": 6, "params_column": "params"}
+    job = spec(model, tmp_path / "in.jsonl", tmp_path / "out", sampling=sampling, errors=ANY_ERRORS)
     manifest = run_job(job, report=told.append)
 
     rows = read(tmp_path / "out")
@@ -128,9 +130,8 @@ def test_parquet_table_with_everything_that_parquet_can_hold(model: Path, tmp_pa
         }
     )
     pq.write_table(table, tmp_path / "in.parquet")
-    run_job(
-        spec(model, tmp_path / "in.parquet", tmp_path / "out", sampling={"max_tokens": 6, "params_column": "params"})
-    )
+    sampling = {"max_tokens": 6, "params_column": "params"}
+    run_job(spec(model, tmp_path / "in.parquet", tmp_path / "out", sampling=sampling, errors=ANY_ERRORS))
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
     rows = pa.concat_tables(pq.read_table(part) for part in parts).drop(["prompt"]).to_pylist()
     assert [seen(row) for row in rows] == [*expected, *expected, ANSWERED, "error invalid_utf8"]
@@ -152,10 +153,8 @@ def test_csv_table_with_everything_that_csv_can_hold(model: Path, tmp_path: Path
         file.write("012,ragged\n")
     with (tmp_path / "in.csv").open("ab") as binary:
         binary.write(b"013,\xff\xfe,2\n")
-    job = spec(
-        model, tmp_path / "in.csv", tmp_path / "out", sampling={"max_tokens": 6, "param_columns": ["max_tokens"]}
-    )
-    run_job(job)
+    sampling = {"max_tokens": 6, "param_columns": ["max_tokens"]}
+    run_job(spec(model, tmp_path / "in.csv", tmp_path / "out", sampling=sampling, errors=ANY_ERRORS))
     rows = read(tmp_path / "out")
     assert [seen(row) for row in rows] == [row[3] for row in rows_in] + ["error malformed_row", "error invalid_utf8"]
     assert [row["id"] for row in rows[:6]] == ["007", "007", "008", "009", "010", "011"]
@@ -247,7 +246,7 @@ def test_no_rows(model: Path, tmp_path: Path) -> None:
 
 def test_no_row_that_can_run(model: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": pa.array([1, None, 3])}), tmp_path / "in.parquet")
-    manifest = run_job(spec(model, tmp_path / "in.parquet", tmp_path / "out"))
+    manifest = run_job(spec(model, tmp_path / "in.parquet", tmp_path / "out", errors=ANY_ERRORS))
     assert manifest.statuses == {"error": 2, "skipped_null": 1}
 
 
@@ -273,5 +272,5 @@ def test_what_is_wrong_with_the_job_is_told_before_anything_is_written(
 def test_the_context_of_the_model_bounds_prompts(model: Path, tmp_path: Path) -> None:
     fits = GEOMETRY["max_position_embeddings"] - 6
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"prompt": "x" * length}) for length in (fits, fits + 1)))
-    run_job(spec(model, tmp_path / "in.jsonl", tmp_path / "out"))
+    run_job(spec(model, tmp_path / "in.jsonl", tmp_path / "out", errors=ANY_ERRORS))
     assert [seen(row) for row in read(tmp_path / "out")] == [ANSWERED, "too_long too_long"]

@@ -3,48 +3,75 @@
 from __future__ import annotations
 
 import gzip
-import uuid
+import http.client
+import json
+import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Thread
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from moegen.errors import InputError, StorageError
+from moegen import storage
+from moegen.errors import InputError, Interrupted, StorageError
+from moegen.row import RowResult, Status
 from moegen.spec import Input, Output
 from moegen.storage import describe, list_names, put_create, put_replace, read_bytes, remove
 from moegen.table.inspect import inspect_output
+from moegen.table.journal import Journal
+from moegen.table.lease import Lease
 from moegen.table.reader import TableReader
 from moegen.table.writer import TableWriter
-from moto.server import ThreadedMotoServer
 from table_job import FINGERPRINT, answers, prompts, read_all, run, values
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+class _Unconditional(BaseHTTPRequestHandler):
+    """Passes requests on without the header that makes a PUT create-only, as endpoints do that do not know it."""
+
+    protocol_version = "HTTP/1.1"
+    behind: str  # host:port
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "if-none-match"}
+        with closing(http.client.HTTPConnection(self.behind)) as server:
+            server.request(self.command, self.path, body, headers)
+            answer = server.getresponse()
+            data = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
+                self.send_header(name, value)
+        length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
+
+    def log_message(self, *arguments: object) -> None:
+        pass
 
 
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()  # instances remember the endpoint of their first use
-    name = f"bucket-{uuid.uuid4().hex}"
-    boto3.client("s3").create_bucket(Bucket=name)
-    yield f"s3://{name}"
-    s3fs.S3FileSystem.clear_instance_cache()
+def unconditional(endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The bucket, through an endpoint that ignores create-only."""
+    handler = type("Handler", (_Unconditional,), {"behind": endpoint.removeprefix("http://")})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(storage, "_IGNORE_CONDITIONS", set())
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield bucket
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.shutdown()
 
 
 def upload(path: Path, uri: str) -> str:
@@ -84,6 +111,71 @@ def test_of_many_writers_at_once_one_wins(bucket: str) -> None:
         won = list(pool.map(write, range(4)))
     assert won.count(True) == 1
     assert read_bytes(uri) == bytes([won.index(True)])
+
+
+def contend(folder: str, contenders: int) -> list[bool]:
+    start = Barrier(contenders)
+
+    def one(number: int) -> bool:
+        start.wait()
+        with Lease(folder, 3.0) as lease:
+            try:
+                lease.take()
+            except Interrupted:
+                return False
+            time.sleep(4.0)  # until the others have seen a sign of life
+            lease.check()
+            return True
+
+    with ThreadPoolExecutor(contenders) as pool:
+        return sorted(pool.map(one, range(contenders)))
+
+
+def test_one_holder_of_the_lease_and_its_successor(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = f"{bucket}/out/_batch/key"
+    with caplog.at_level(logging.INFO):
+        assert contend(folder, 3) == [False, False, True]
+    assert "create-only writes are honoured" in caplog.text
+    with Lease(folder, 3.0) as lease:
+        lease.take()
+        assert (lease.epoch, lease.after_crash) == (2, False)
+        assert list_names(folder) == ["lease-000002.json"]
+        put_replace(f"{folder}/lease-000003.json", b"{}")
+        with pytest.raises(Interrupted, match="took this job over"):
+            lease.check()
+
+
+def test_where_create_only_is_ignored_it_is_told_and_one_runner_is_left(
+    unconditional: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = f"{unconditional}/out/_batch/key"
+    assert put_create(f"{folder}/probe", b"one")
+    assert put_create(f"{folder}/probe", b"two")  # what is the matter
+    with caplog.at_level(logging.WARNING):
+        assert contend(folder, 3) == [False, False, True]
+    assert "this storage ignores create-only writes" in caplog.text
+    assert not put_create(f"{folder}/probe", b"three")  # it is asked first from now on
+    assert read_bytes(f"{folder}/probe") == b"two"
+    with Lease(folder, 3.0) as lease:
+        lease.take()
+        (name,) = (name for name in list_names(folder) if name.startswith("lease-"))
+        other = {**json.loads(read_bytes(f"{folder}/{name}")), "token": "another"}
+        put_replace(f"{folder}/{name}", json.dumps(other).encode())
+        with pytest.raises(Interrupted, match="took this job over"):
+            lease.check()
+
+
+def test_the_journal(bucket: str) -> None:
+    folder = f"{bucket}/out/_batch/key"
+    results = [RowResult(row, Status.OK, f"answer {row}") for row in range(25)]
+    first = Journal(folder, 1, FINGERPRINT, 10)
+    first.write(results[:15])
+    first.write(results[15:])
+    put_replace(f"{folder}/journal/000001-000002.arrow", read_bytes(f"{folder}/journal/000001-000001.arrow")[:100])
+    again = Journal(folder, 2, FINGERPRINT, 10)
+    assert again.read(lambda row, rows: row < 20) == {row: results[row] for row in range(20, 25)}
+    again.prune(lambda row, rows: row < 20)
+    assert list_names(f"{folder}/journal") == ["000001-000001.arrow"]
 
 
 @pytest.mark.parametrize("format_", ["parquet", "arrow"])

@@ -31,7 +31,8 @@ class Attempt:
         folder: where to write.
         yardstick: what the counts are measured against.
         promised: the planner's forecast, if there is one.
-        about: what else the entry says: `model_uri`, `resumed_rows` (that earlier attempts committed), `load_s`.
+        about: what else the entry says: `model_uri`, `resumed_rows` (that earlier attempts committed), `journal_rows`
+            (that they journaled), `load_s`.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moegen.row import RowResult
+from moegen.table.part import Totals
 
 _WINDOW_S = 120.0  # rates are over this much of the past: rows end in bursts, a pass at a time
 
@@ -20,7 +21,8 @@ class Progress:
     stage: str = "starting"  # starting, loading, running, finishing
     rows_done: int = 0
     rows_total: int = 0
-    rows_committed: int = 0  # in parts: what a crash cannot take
+    rows_committed: int = 0  # in parts
+    rows_saved: int = 0  # in parts or in the journal: what a crash cannot take
     rows_per_s: float = 0.0
     tokens_per_s: float = 0.0  # generated tokens
     eta_s: float | None = None  # seconds left, once there is a rate
@@ -44,17 +46,38 @@ class Meter:
     def __init__(self, report: Callable[[Progress], None], now: Callable[[], float] = time.monotonic) -> None:
         self._report, self._now = report, now
         self._stage = "starting"
-        self._total = self._done = self._committed = 0
+        self._total = self._done = self._seen = self._committed = 0
         self._prompt_tokens = self._completion_tokens = self._generated = 0
         self._statuses: dict[str, int] = {}
         self._samples: deque[tuple[float, int, int]] = deque()  # time, rows done, tokens generated
         self._live: Callable[[], Mapping[str, Any] | None] = lambda: None
+        self._journaled: Callable[[], int] = lambda: 0
 
-    def resume(self, rows_total: int, statuses: Mapping[str, int], prompt_tokens: int, completion_tokens: int) -> None:
-        """The table has `rows_total` rows; the other counts are those of its committed parts."""
-        self._total, self._statuses = rows_total, dict(statuses)
-        self._done = self._committed = sum(statuses.values())
-        self._prompt_tokens, self._completion_tokens = prompt_tokens, completion_tokens
+    def resume(self, rows_total: int, committed: Totals, journaled: Totals | None = None) -> None:
+        """The table has `rows_total` rows; the other counts are those of its committed parts and of the journal."""
+        found = committed + (journaled or Totals())
+        self._total, self._committed = rows_total, committed.rows
+        self._done = self._seen = found.rows
+        self._statuses = dict(found.statuses)
+        self._prompt_tokens, self._completion_tokens = found.prompt_tokens, found.completion_tokens
+
+    @property
+    def rows_total(self) -> int:
+        return self._total
+
+    @property
+    def rows_seen(self) -> int:
+        """Rows that are done or have been read, those of earlier runs included."""
+        return self._seen
+
+    @property
+    def totals(self) -> Totals:
+        """Counts over all rows that are done, those of earlier runs included."""
+        return Totals(self._done, self._statuses, self._prompt_tokens, self._completion_tokens)
+
+    def follow_journal(self, rows: Callable[[], int]) -> None:
+        """Report what `rows` tells of rows that only the journal has with every progress from now on."""
+        self._journaled = rows
 
     def follow(self, live: Callable[[], Mapping[str, Any] | None]) -> None:
         """Report what `live` tells of the engine with every progress from now on."""
@@ -66,6 +89,10 @@ class Meter:
         if stage == "running":
             self._samples.append((self._now(), self._done, self._generated))
         self.report()
+
+    def add_seen(self, rows: int) -> None:
+        """So many more rows were read, to be run."""
+        self._seen += rows
 
     def add_row(self, result: RowResult) -> None:
         """One more row has its result."""
@@ -99,6 +126,7 @@ class Meter:
             rows_done=self._done,
             rows_total=self._total,
             rows_committed=self._committed,
+            rows_saved=self._committed + self._journaled(),
             rows_per_s=round(rows_per_s, 3),
             tokens_per_s=round(tokens_per_s, 3),
             eta_s=round(left / rows_per_s, 1) if rows_per_s else None,

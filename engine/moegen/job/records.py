@@ -9,16 +9,14 @@ Invariants:
 
 from __future__ import annotations
 
-import re
 import signal
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moegen.errors import Interrupted, MoegenError, SpecError
-from moegen.spec import JobSpec, JobState
+from moegen.spec import JOB_KEY, JobSpec, JobState
 
-MAX_BARREN_ATTEMPTS = 3  # runners lost in a row, without a part committed, before the job fails
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MAX_BARREN_ATTEMPTS = 4  # runners lost in a row, without a row saved, before the job fails; a poison row takes three
 
 
 class KeyConflict(MoegenError):
@@ -39,7 +37,7 @@ class Record:
     ended_at: float | None = None
     attempts: int = 0  # runners started
     barren_attempts: int = 0  # lost in a row without progress
-    rows_committed: int = 0  # by the attempts before this one
+    rows_saved: int = 0  # by the attempts before this one
     output_begun: bool = False  # an attempt has opened the output: the next one resumes, also in mode new_run
     exit_code: int | None = None
     error: str | None = None
@@ -54,7 +52,7 @@ class Record:
 
 def check_key(key: str) -> None:
     """Raises `SpecError` when `key` cannot name a job."""
-    if not _KEY.fullmatch(key):
+    if not JOB_KEY.fullmatch(key):
         raise SpecError(
             f"key: {key!r} cannot name a job; give 1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or a digit"
         )
@@ -106,14 +104,14 @@ def requeue(record: Record) -> Record:
     return replace(record, state=JobState.QUEUED) if record.state is JobState.RUNNING else record
 
 
-def observe(record: Record, rows_committed: int, stage: str) -> Record:
+def observe(record: Record, rows_saved: int, stage: str) -> Record:
     """What the latest attempt had done when it ended."""
     begun = record.output_begun or stage != "starting"
-    progressed = rows_committed > record.rows_committed
+    progressed = rows_saved > record.rows_saved
     return replace(
         record,
         output_begun=begun,
-        rows_committed=max(rows_committed, record.rows_committed),
+        rows_saved=max(rows_saved, record.rows_saved),
         barren_attempts=0 if progressed else record.barren_attempts,
     )
 
@@ -131,7 +129,8 @@ def end_attempt(record: Record, attempt: int, exit_code: int, error: str | None,
         record = replace(record, barren_attempts=record.barren_attempts + 1)
         if record.barren_attempts < MAX_BARREN_ATTEMPTS:
             return requeue(record)
-        error = f"{_lost(exit_code)}, {record.barren_attempts} times in a row without progress"
+        why = error if error is not None and exit_code == Interrupted.exit_code else _lost(exit_code)
+        error = f"{why}, {record.barren_attempts} times in a row without progress"
     return replace(
         record, state=JobState.FAILED, ended_at=now, exit_code=exit_code, error=error or _unexplained(exit_code)
     )

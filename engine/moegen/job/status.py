@@ -38,5 +38,5 @@ class RunnerStatus:
             raise StorageError(f"{path}: is not a runner's status: {error}; remove it") from error
 
     @property
-    def rows_committed(self) -> int:
-        return int((self.progress or {}).get("rows_committed", 0))
+    def rows_saved(self) -> int:
+        return int((self.progress or {}).get("rows_saved", 0))

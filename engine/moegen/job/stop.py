@@ -1,4 +1,4 @@
-"""How a run is asked to stop."""
+"""How a run is asked to stop, and how it ends if it cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from types import FrameType
 
 from moegen.errors import Interrupted
 
-_EOF_GRACE_S = 10.0  # a runner whose service is gone may take this long to end in order
+_GRACE_S = 15.0  # to end in order, once asked; then the process ends, and what it had saved is resumed
+_POLL_S = 0.2
 
 
 class StopRequest:
@@ -24,12 +25,13 @@ class StopRequest:
         return self._asked
 
     def on_signals(self) -> None:
-        """SIGTERM and SIGINT ask; a second one ends the process at once. Committed parts stay either way."""
+        """SIGTERM and SIGINT ask; a second one ends the process at once. What is saved stays either way."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
+        threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
     def on_stdin_eof(self) -> None:
-        """The end of standard input asks too: whoever holds the other end is gone, however it ended."""
+        """The end of standard input asks too: whoever holds the other end is gone. Call `on_signals` first."""
         threading.Thread(target=self._watch_stdin, name="stdin", daemon=True).start()
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
@@ -41,5 +43,11 @@ class StopRequest:
         while os.read(sys.stdin.fileno(), 4096):
             pass
         self._asked = True
-        time.sleep(_EOF_GRACE_S)
+
+    def _watch(self) -> None:
+        while not self._asked:
+            time.sleep(_POLL_S)
+        time.sleep(_GRACE_S)  # a pass over a large model may take longer
+        print("moegen: stopped in the middle of a pass; the same command goes on from what is saved", file=sys.stderr)
+        sys.stderr.flush()
         os._exit(Interrupted.exit_code)

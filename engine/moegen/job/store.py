@@ -97,7 +97,7 @@ class JobStore:
         """The record with what its latest runner had done."""
         status = RunnerStatus.read(self.status_file(record.key, record.attempts))
         stage = (status.progress or {}).get("stage", "starting")
-        return records.observe(record, status.rows_committed, stage)
+        return records.observe(record, status.rows_saved, stage)
 
     def job_file(self, key: str) -> Path:
         return self._jobs_dir / key / "job.yaml"

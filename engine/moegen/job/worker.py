@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moegen.errors import Interrupted
 from moegen.job.ahead import ahead
 from moegen.job.attempt import Attempt
 from moegen.job.digest import model_digest
-from moegen.job.flight import Flight
+from moegen.job.flight import Flight, NoEngine
+from moegen.job.flight import Generator as RowGenerator
 from moegen.job.forecast import forecast
+from moegen.job.keeper import Keeper
 from moegen.job.lengths import table_workload
+from moegen.job.marks import Marks
 from moegen.job.prepare import Prepared, Preparer, needed_columns
 from moegen.job.progress import Meter, Progress
+from moegen.job.rules import Rules
 from moegen.job.stats_file import Stats, earlier_stats
 from moegen.plan.machine import Machine
+from moegen.plan.plan import Plan
 from moegen.plan.search import choose_plan
-from moegen.plan.workload import UNKNOWN
+from moegen.plan.workload import UNKNOWN, Workload
 from moegen.row import RowResult
 from moegen.run.figures import Yardstick
 from moegen.run.stats import PassReport
-from moegen.schedule.sequence import Finished, Request
+from moegen.schedule.sequence import Begun, Finished, Request
 from moegen.shape import ModelShape
 from moegen.spec import JobSpec
+from moegen.table.batch_plan import BatchPlan, batch_folder, clear_batch
 from moegen.table.fingerprint import fingerprint
+from moegen.table.journal import Journal
+from moegen.table.lease import Lease
 from moegen.table.manifest import Manifest
+from moegen.table.part import Totals
 from moegen.table.reader import RowBatch, TableReader
 from moegen.table.writer import TableWriter
 from moegen.text import Tokenizer
@@ -51,7 +61,7 @@ def run_job(
     Args:
         spec: the job.
         report: called with the progress, at every pass of the engine.
-        stopping: asked at every pass; once true the job ends with `Interrupted`, and committed parts stay.
+        stopping: asked at every pass; once true the job ends with `Interrupted`, and what is finished is saved.
         device: entered before the model is loaded and left after the last pass; a lock, say.
 
     Raises:
@@ -61,36 +71,123 @@ def run_job(
     meter = Meter(report)
     meter.enter("starting")
     reader = TableReader(spec.input, needed_columns(spec))
-    shape = ModelShape.read(spec.model.uri)
-    machine = Machine.detect(spec.engine.device)
-    tokenizer = Tokenizer.load(spec.model.uri)
-    workload = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
-    plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
-    preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
+    setup = _Setup.of(spec, reader)
     digest = model_digest(spec.model.uri)
-    work = fingerprint(spec, digest, tokenizer.digest, reader.files)
-    writer = TableWriter(spec.output, reader.schema, reader.rows, work, spec.job.key or work[:16])
-    totals = writer.resumed
-    meter.resume(reader.rows, totals.statuses, totals.prompt_tokens, totals.completion_tokens)
-    if not writer.complete:
-        meter.enter("loading")
-        with device or nullcontext(), closing(ahead(_prepared(reader, writer, preparer), _BATCHES_AHEAD)) as batches:
-            loading = time.monotonic()
-            os.environ.setdefault("NUMBA_NUM_THREADS", str(plan.threads))  # Numba reads it once, when it is imported
-            from moegen.run.engine import Engine
+    work = fingerprint(spec, digest, setup.tokenizer.digest, reader.files)
+    key = spec.job.key or work[:16]
+    folder = batch_folder(spec.output.uri, key)
+    batch_plan = BatchPlan.of(spec, work, (digest, setup.tokenizer.digest), reader.files, reader.rows)
+    if spec.output.mode == "create":
+        batch_plan.check(folder)
+    with Lease(folder, spec.checkpoint.lease_seconds, stopping) as lease:
+        writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease)
+        batch_plan.write(folder)
+        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part)
+        found = journal.read(writer.is_committed)
+        journaled = Totals.of(found.values())
+        meter.resume(reader.rows, writer.resumed, journaled)
+        rules = Rules(spec.errors, spec.limits, meter)
 
-            with Engine.open(spec.model.uri, plan, tokenizer=tokenizer) as engine:
-                load_s = time.monotonic() - loading
-                yardstick = Yardstick(shape, machine, plan)
-                promised = forecast(yardstick, workload, reader.rows - totals.rows)
-                about = {"model_uri": spec.model.uri, "resumed_rows": totals.rows, "load_s": load_s}
-                attempt = Attempt(_earlier(spec, work), spec.output.uri, yardstick, promised, about)
-                meter.follow(attempt.live)
-                meter.enter("running")
-                with attempt.written():
-                    Flight(batches, writer, meter, spec.output, stopping).run(_Watched(engine, attempt.add))
-    meter.enter("finishing")
-    return writer.finish(job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at)
+        def check() -> None:
+            if stopping():
+                raise _stopped(meter)
+            lease.check_known()
+            rules.check_pass()
+
+        if not writer.complete:
+            rules.check_found()
+            check()
+            meter.enter("loading")
+            marks = Marks(folder, lease.epoch, after_crash=lease.after_crash, void_epoch=lease.paused_epoch)
+            keeper = Keeper(journal, marks, lease, writer, spec.checkpoint.journal_seconds, stopping)
+            meter.follow_journal(lambda: keeper.rows_journaled)
+            batches = ahead(_prepared(reader, writer, setup.preparer, found), _BATCHES_AHEAD)
+            flight = Flight(
+                batches, writer, meter, spec.output, keeper, rules,
+                found=found, crashes=marks.crashes, quarantine_after=spec.errors.quarantine_after, check=check,
+            )  # fmt: skip
+            begun = _Begun(work, reader.rows, writer.resumed.rows, journaled.rows)
+            with device or nullcontext(), keeper, closing(batches), _engine(spec, setup, begun, meter) as engine:
+                flight.run(engine)
+        meter.enter("finishing")
+        manifest = writer.finish(
+            job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at,
+            journaled=journaled, max_error_rate=spec.errors.max_error_rate,
+        )  # fmt: skip
+        clear_batch(folder)
+        rules.check_end(writer.totals)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What is known of model and machine before the first row."""
+
+    shape: ModelShape
+    machine: Machine
+    workload: Workload | None
+    plan: Plan
+    tokenizer: Tokenizer
+    preparer: Preparer
+
+    @classmethod
+    def of(cls, spec: JobSpec, reader: TableReader) -> _Setup:
+        shape = ModelShape.read(spec.model.uri)
+        machine = Machine.detect(spec.engine.device)
+        tokenizer = Tokenizer.load(spec.model.uri)
+        workload = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
+        plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
+        preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
+        return cls(shape, machine, workload, plan, tokenizer, preparer)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """How far earlier runs brought the work."""
+
+    work: str  # its fingerprint
+    rows: int  # of the table
+    committed_rows: int
+    journaled_rows: int
+
+    @property
+    def rows_left(self) -> int:
+        return self.rows - self.committed_rows - self.journaled_rows
+
+
+@contextmanager
+def _engine(spec: JobSpec, setup: _Setup, begun: _Begun, meter: Meter) -> Iterator[RowGenerator]:
+    """The model, loaded, and every pass counted; no model where no row is left to run."""
+    if begun.rows_left == 0:
+        yield NoEngine()
+        return
+    loading = time.monotonic()
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(setup.plan.threads))  # Numba reads it once, when it is imported
+    from moegen.run.engine import Engine
+
+    with Engine.open(spec.model.uri, setup.plan, tokenizer=setup.tokenizer) as engine:
+        load_s = time.monotonic() - loading
+        yardstick = Yardstick(setup.shape, setup.machine, setup.plan)
+        promised = forecast(yardstick, setup.workload, begun.rows_left)
+        about = {
+            "model_uri": spec.model.uri,
+            "resumed_rows": begun.committed_rows,
+            "journal_rows": begun.journaled_rows,
+            "load_s": load_s,
+        }
+        attempt = Attempt(_earlier(spec, begun.work), spec.output.uri, yardstick, promised, about)
+        meter.follow(attempt.live)
+        meter.enter("running")
+        with attempt.written():
+            yield _Watched(engine, attempt.add)
+
+
+def _stopped(meter: Meter) -> Interrupted:
+    done = meter.progress()
+    return Interrupted(
+        f"stopped on request; {done.rows_committed} of {done.rows_total} rows are committed, "
+        "and the same command goes on from there and from the journal"
+    )
 
 
 def _earlier(spec: JobSpec, work: str) -> Stats:
@@ -98,14 +195,14 @@ def _earlier(spec: JobSpec, work: str) -> Stats:
 
 
 def _prepared(
-    reader: TableReader, writer: TableWriter, preparer: Preparer
+    reader: TableReader, writer: TableWriter, preparer: Preparer, found: Container[int]
 ) -> Iterator[tuple[RowBatch, list[Prepared | RowResult]]]:
-    """Every batch that holds rows to run, and those rows prepared."""
+    """Every batch that holds rows without a part, and those that are not `found` prepared."""
     for batch in reader.batches(lambda first_row, rows: not writer.is_committed(first_row, rows)):
         rows = [
             (row_index, values)
             for row_index, values in enumerate(batch.values, batch.first_row)
-            if not writer.is_committed(row_index, 1)
+            if row_index not in found and not writer.is_committed(row_index, 1)
         ]
         yield batch, preparer.prepare(rows)
 
@@ -117,7 +214,7 @@ class _Watched:
     engine: Engine
     see: Callable[[PassReport], None]
 
-    def generate(self, requests: Iterable[Request]) -> Generator[Finished | PassReport, None, None]:
+    def generate(self, requests: Iterable[Request]) -> Generator[Begun | Finished | PassReport, None, None]:
         with closing(self.engine.generate(requests)) as events:
             for event in events:
                 if isinstance(event, PassReport):

@@ -27,7 +27,7 @@ from moegen.run.forward import forward
 from moegen.run.stats import PassReport, Recorder, Traffic
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import Scheduler
-from moegen.schedule.sequence import Finished, Request, Sequence
+from moegen.schedule.sequence import Begun, Finished, Request, Sequence
 from moegen.schedule.step import Step
 from moegen.shape import read_config
 
@@ -123,10 +123,11 @@ class Engine:
         self._borrowed.close()
         del self.host, self.pool
 
-    def generate(self, requests: Iterable[Request]) -> Generator[Finished | PassReport, None, None]:
+    def generate(self, requests: Iterable[Request]) -> Generator[Begun | Finished | PassReport, None, None]:
         """Runs requests as they come from the iterator, drawn only as pages become free.
 
-        Yields each row as it ends, in any order, and one report after every pass.
+        Yields which rows enter before the pass in which they do, each row as it ends, in any order, and one report
+        after every pass.
         """
         plan = self.plan
         ledger = PageLedger(plan.kv_pages, plan.page_tokens)
@@ -139,6 +140,9 @@ class Engine:
                 yield scheduler.refused.pop()
             if step is None:
                 return
+            if scheduler.begun:
+                yield Begun(tuple(scheduler.begun))
+                scheduler.begun.clear()
             yield from self._advance(step, self._next_tokens(step), texts, scheduler)
             report = self.recorder.end_pass(step, len(scheduler.running))
             log.debug("pass: %s", report)

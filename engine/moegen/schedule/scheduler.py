@@ -30,7 +30,7 @@ class Scheduler:
     """Turns a stream of requests into passes.
 
     Call `next_step` for a pass, run it, append the sampled tokens to its sequences, `end` those that are done, and
-    repeat until it returns None. `refused` collects rows that can never fit.
+    repeat until it returns None. `refused` collects rows that can never fit, `begun` those that were admitted.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Scheduler:
         self.pass_tokens = pass_tokens
         self.running: list[Sequence] = []  # oldest first
         self.refused: list[Finished] = []
+        self.begun: list[int] = []
         self._window = window
         self._waiting: deque[Sequence] = deque()  # preempted, or drawn but not yet admitted
         self._requests: Iterator[Request] = iter(requests)
@@ -114,6 +115,7 @@ class Scheduler:
             return None
         self._waiting.popleft()
         self.running.append(sequence)
+        self.begun.append(sequence.request.row_index)
         self.running.sort(key=lambda s: s.order)
         return sequence
 

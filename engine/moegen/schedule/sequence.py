@@ -18,6 +18,13 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """Rows that enter the engine with the next pass; a row that was preempted may enter once more."""
+
+    row_indexes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """A row that left the engine.
 

@@ -9,21 +9,24 @@ from collections.abc import Sequence
 from moegen.spec import JobSpec
 from moegen.table.reader import InputFile
 
-_VERSION = 1  # raise when parts written by earlier engines must not be continued
+_VERSION = 2  # raise when parts written by earlier engines must not be continued
+
+CIRCUMSTANCES = ("job", "engine", "checkpoint", "errors", "limits")  # sections that change no answer
 
 
 def fingerprint(spec: JobSpec, model_digest: str, tokenizer_digest: str, files: Sequence[InputFile]) -> str:
     """64 hexadecimal digits over specification, model, tokenizer and input files.
 
-    Left out is what cannot change a part: who asked (`job`), where it runs (`engine`), where it goes (`output.uri`,
-    `output.mode`) and how the input was named (`input.uri`; the files it led to are in).
+    Left out is what cannot change an answer: who asked (`job`), where it runs (`engine`), how often it is saved
+    (`checkpoint`), when it ends early (`errors`, `limits`), where it goes (`output.uri`, `output.mode`) and how the
+    input was named (`input.uri`; the files it led to are in).
     """
     mapping = spec.to_mapping()
     for section, names in (("input", ("uri",)), ("output", ("uri", "mode"))):
         mapping[section] = {name: value for name, value in mapping[section].items() if name not in names}
     work = {
         "version": _VERSION,
-        "spec": {name: value for name, value in mapping.items() if name not in ("job", "engine")},
+        "spec": {name: value for name, value in mapping.items() if name not in CIRCUMSTANCES},
         "model": model_digest,
         "tokenizer": tokenizer_digest,
         "files": [[file.uri, file.size_bytes, file.version] for file in files],

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from moegen.errors import InputError, SpecError, StorageError
 from moegen.spec import Output
-from moegen.storage import check_writable, describe, join, list_names, put_create, remove
+from moegen.storage import check_writable, describe, join, list_below, list_names, put_create, remove
+from moegen.table.batch_plan import BATCH_NAME
 from moegen.table.manifest import MANIFEST_NAME, SUCCESS_NAME, read_manifest
 from moegen.table.part import Footer, PartInfo, Totals, encode, is_part_name, part_name, read_footer, unwritable_column
+
+_FOOTERS_AT_ONCE = 16  # requests in flight, where storage is far away
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,33 @@ class OutputFolder:
         return range(first_row // size, -(-(first_row + rows) // size))
 
     def clear(self) -> None:
-        """Removes every part, the manifest and `_SUCCESS`, whatever work they are of."""
+        """Removes every part, the manifest, `_SUCCESS` and what is kept for resuming, whatever work they are of."""
         names = list_names(self.spec.uri)
         for name in [SUCCESS_NAME, MANIFEST_NAME, *filter(is_part_name, names)]:  # the proof goes first
             if name in names:
                 remove(self._uri(name))
+        for uri in list_below(self._uri(BATCH_NAME)):
+            if not uri.rpartition("/")[2].startswith("lease-"):  # who runs stays known
+                remove(uri)
+
+    def check_parts(self) -> None:
+        """Reads nothing but names.
+
+        Raises:
+            SpecError: the folder holds parts of other work.
+            StorageError: storage refused.
+        """
+        own = {self._name(index) for index in range(self.part_count)}
+        for name in filter(is_part_name, list_names(self.spec.uri)):
+            if name not in own:
+                raise self._other_work(name)
+
+    def check_schema(self, schema: pa.Schema) -> None:
+        """Raises `SpecError` when the format cannot hold a column."""
+        try:
+            self._encode(0, pa.Table.from_batches([], schema), Totals())
+        except InputError as error:
+            raise SpecError(f"output.format: {error}") from error
 
     def stored_parts(self) -> dict[int, StoredPart]:
         """Part index -> part, for the parts that earlier runs of this work committed.
@@ -63,25 +89,20 @@ class OutputFolder:
             SpecError: the folder holds other work.
             StorageError: storage refused, or a part contradicts its name.
         """
-        names = list_names(self.spec.uri)
+        self.check_parts()
         own = {self._name(index): index for index in range(self.part_count)}
-        for name in filter(is_part_name, names):
-            if name not in own:
-                raise self._other_work(name)
+        found = [own[name] for name in list_names(self.spec.uri) if name in own]
         digests = self._known_digests()
-        return {own[name]: self._stored(own[name], digests.get(name)) for name in names if name in own}
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE, thread_name_prefix="footers") as pool:
+            stored = pool.map(lambda index: self._stored(index, digests.get(self._name(index))), found)
+            return dict(zip(found, stored, strict=True))
 
-    def prepare(self, schema: pa.Schema) -> None:
+    def prepare(self) -> None:
         """Finds out before the first row, not at the first part, whether the rest can be written.
 
         Raises:
-            SpecError: the format cannot hold a column.
             StorageError: storage refused.
         """
-        try:
-            self._encode(0, pa.Table.from_batches([], schema), Totals())
-        except InputError as error:
-            raise SpecError(f"output.format: {error}") from error
         check_writable(self.spec.uri)
         remove(self._uri(SUCCESS_NAME))  # a part that it vouched for is gone
 

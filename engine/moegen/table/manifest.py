@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moegen.errors import InputError
-from moegen.storage import join, list_names, put_replace, read_bytes
+from moegen.storage import join, list_names, put_replace, read_bytes, remove
 from moegen.table.part import PartInfo
 from moegen.table.reader import InputFile
 
@@ -32,12 +32,13 @@ class Manifest:
     completion_tokens: int
     parts: tuple[PartInfo, ...]  # in row order
     input_files: tuple[InputFile, ...]
-    resumed_rows: int  # rows that this run found committed when it began
+    resumed_rows: int  # rows that this run found in committed parts when it began
     started_at: float  # Unix time in seconds
     ended_at: float
     seconds: float
     rows_per_s: float  # rows that this run wrote, per second
     tokens_per_s: float  # tokens that this run generated, per second
+    journal_rows: int = 0  # rows that this run found in the journal when it began
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +72,10 @@ def read_manifest(folder: str) -> Manifest | None:
         ) from error
 
 
-def write_manifest(folder: str, manifest: Manifest) -> None:
-    """Writes the manifest and then, last of all, the empty `_SUCCESS`."""
+def write_manifest(folder: str, manifest: Manifest, *, success: bool) -> None:
+    """Writes the manifest and then, last of all, the empty `_SUCCESS`; without success an earlier one goes first."""
+    if not success:
+        remove(join(folder, SUCCESS_NAME))
     put_replace(join(folder, MANIFEST_NAME), manifest.to_json().encode())
-    put_replace(join(folder, SUCCESS_NAME), b"")
+    if success:
+        put_replace(join(folder, SUCCESS_NAME), b"")

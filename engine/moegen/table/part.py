@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moegen.errors import SpecError
-from moegen.row import RowResult
+from moegen.row import RowResult, Status
 from moegen.storage import open_input
 from moegen.table.source import reading
 
@@ -39,6 +39,20 @@ class Totals:
             sum(result.prompt_tokens or 0 for result in results),
             sum(result.completion_tokens or 0 for result in results),
         )
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """Rows per status that counts against `errors.max_error_rate`."""
+        return {status: count for status, count in self.statuses.items() if Status(status).failed}
+
+    @property
+    def error_rate(self) -> float:
+        """Failed rows as a share of all; 0 without rows."""
+        return sum(self.failed.values()) / self.rows if self.rows else 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(

@@ -23,12 +23,18 @@ _COLUMNS = {
     "finish_reason": pa.string(),
     "prompt_tokens": pa.int32(),
     "completion_tokens": pa.int32(),
+    "attempts": pa.int32(),
     "seed": pa.int64(),
     "input_truncated": pa.bool_(),
     "input_file": pa.string(),
 }
 _EXTRA_COLUMNS = {"token_ids": pa.list_(pa.int32()), "prompt_rendered": pa.string()}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def result_types() -> dict[str, pa.DataType]:
+    """Arrow's type of every field that a `RowResult` has, the columns of `output.include` among them."""
+    return {name: type_ for name, type_ in {**_COLUMNS, **_EXTRA_COLUMNS}.items() if name != "input_file"}
 
 
 def output_schema(input_schema: pa.Schema, output: Output) -> pa.Schema:
@@ -58,14 +64,15 @@ def to_table(carried: pa.Table, files: Sequence[str], results: Sequence[RowResul
     columns = list(carried.columns)
     for field in results_schema:
         name = field.name.removeprefix(output.prefix)
-        cells = list(files) if name == "input_file" else [_cell(getattr(result, name)) for result in results]
+        cells = list(files) if name == "input_file" else [arrow_cell(getattr(result, name)) for result in results]
         columns.append(pa.array(cells, field.type))
     return pa.Table.from_arrays(columns, schema=pa.schema([*carried.schema, *results_schema]))
 
 
-def _cell(value: object) -> object:
+def arrow_cell(value: object) -> object:
+    """A field of a `RowResult` as `pyarrow.array` takes it."""
     if isinstance(value, RowError):
-        return {name: _cell(getattr(value, name)) for name in ERROR_TYPE.names}
+        return {name: arrow_cell(getattr(value, name)) for name in ERROR_TYPE.names}
     return valid_utf8(value) if isinstance(value, str) else value
 
 

@@ -13,6 +13,7 @@ from moegen.errors import MoegenError
 from moegen.row import RowResult
 from moegen.spec import Output
 from moegen.table.folder import OutputFolder
+from moegen.table.lease import Lease
 from moegen.table.manifest import Manifest, write_manifest
 from moegen.table.part import PartInfo, Totals
 from moegen.table.reader import InputFile, RowBatch
@@ -72,25 +73,40 @@ class TableWriter:
     """Writes the parts of one output folder, going on from the parts that earlier runs of the same work committed.
 
     A part appears at once, when its last result is there, under a name and with bytes that depend only on the work.
-    Memory holds the parts that are begun.
+    Memory holds the parts that are begun. With a lease, it is taken once nothing speaks against the work and before
+    anything is written, and looked at before every commit.
 
     Raises:
         SpecError: the folder holds other work, a result column collides, or the format cannot hold a column.
         StorageError: storage refused.
+        Interrupted: another runner has the lease.
     """
 
     schema: pa.Schema  # of the output table
     resumed: Totals  # what was committed before this run
 
-    def __init__(self, spec: Output, input_schema: pa.Schema, total_rows: int, fingerprint: str, job_key: str) -> None:
+    def __init__(
+        self,
+        spec: Output,
+        input_schema: pa.Schema,
+        total_rows: int,
+        fingerprint: str,
+        job_key: str,
+        lease: Lease | None = None,
+    ) -> None:
         self.schema = output_schema(input_schema, spec)
-        self._input_schema = input_schema
+        self._input_schema, self._lease = input_schema, lease
         self._folder = OutputFolder(spec, total_rows, fingerprint, job_key)
+        if spec.mode == "create":
+            self._folder.check_parts()
+        self._folder.check_schema(self.schema)
+        if lease is not None:
+            lease.take()
         if spec.mode == "new_run":
             self._folder.clear()
         self._stored = self._folder.stored_parts()
         if len(self._stored) < self._folder.part_count:
-            self._folder.prepare(self.schema)
+            self._folder.prepare()
         self._open: dict[int, _OpenPart] = {}
         self.resumed = self.totals
 
@@ -127,6 +143,7 @@ class TableWriter:
             MoegenError: a row that was answered already, or never added.
             InputError: a carried value that the output format cannot hold.
             StorageError: storage refused.
+            Interrupted: the lease is lost.
         """
         (index,) = self._folder.parts_of(result.row_index, 1)
         part = self._open.get(index)
@@ -134,19 +151,36 @@ class TableWriter:
             raise _not_awaited(result)
         if not part.add(result):
             return None
-        self._stored[index] = self._folder.commit(index, part.table(self._folder.spec), Totals.of(part.results))
+        table, totals = part.table(self._folder.spec), Totals.of(part.results)
+        self._check_lease()
+        self._stored[index] = self._folder.commit(index, table, totals)
         del self._open[index]
         return self._stored[index].info
 
     def finish(
-        self, *, job_name: str, model_digest: str, input_files: Sequence[InputFile], started_at: float
+        self,
+        *,
+        job_name: str,
+        model_digest: str,
+        input_files: Sequence[InputFile],
+        started_at: float,
+        journaled: Totals | None = None,
+        max_error_rate: float = 1.0,
     ) -> Manifest:
-        """Proves rows in = rows out, then writes the manifest and `_SUCCESS`. `started_at`: Unix time in seconds.
+        """Proves rows in = rows out, then writes the manifest and, unless too many rows failed, `_SUCCESS`.
+
+        Args:
+            job_name, model_digest, input_files: for the manifest.
+            started_at: Unix time in seconds.
+            journaled: counts of the rows that this run found in the journal.
+            max_error_rate: failed rows as a share of all, up to which the job has succeeded.
 
         Raises:
             MoegenError: rows are missing.
             StorageError: storage refused.
+            Interrupted: the lease is lost.
         """
+        self._check_lease()
         if self._folder.rows == 0 and not self._stored:
             empty = to_table(pa.Table.from_batches([], self._input_schema), [], [], self._folder.spec)
             self._stored[0] = self._folder.commit(0, empty, Totals())
@@ -155,6 +189,7 @@ class TableWriter:
             raise MoegenError(f"{self._folder.rows} rows went in, but {totals.rows} came out; no _SUCCESS was written")
         ended_at = time.time()
         seconds = max(ended_at - started_at, 1e-9)
+        found = self.resumed + (journaled or Totals())
         manifest = Manifest(
             job_key=self._folder.job_key,
             job_name=job_name,
@@ -172,11 +207,16 @@ class TableWriter:
             started_at=started_at,
             ended_at=ended_at,
             seconds=seconds,
-            rows_per_s=(totals.rows - self.resumed.rows) / seconds,
-            tokens_per_s=(totals.completion_tokens - self.resumed.completion_tokens) / seconds,
+            rows_per_s=(totals.rows - found.rows) / seconds,
+            tokens_per_s=(totals.completion_tokens - found.completion_tokens) / seconds,
+            journal_rows=found.rows - self.resumed.rows,
         )
-        write_manifest(self._folder.spec.uri, manifest)
+        write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate)
         return manifest
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
 
 def _not_awaited(result: RowResult) -> MoegenError:

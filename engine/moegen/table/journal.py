@@ -1,0 +1,124 @@
+"""`_batch/<job key>/journal/`: finished rows whose parts are not complete yet, so that a crash does not cost them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import pyarrow as pa
+
+from moegen.errors import InputError, MoegenError
+from moegen.row import RowError, RowResult, Status
+from moegen.storage import join, list_names, put_create, read_bytes, remove
+from moegen.table.schema import arrow_cell, result_types
+
+_NAME = re.compile(r"\d{6,}-\d{6,}\.arrow")
+_FINGERPRINT_KEY = b"moegen.fingerprint"
+_SCHEMA = pa.schema([(field.name, result_types()[field.name]) for field in dataclasses.fields(RowResult)])
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """The journal of one job, as one holder of its lease goes on with it. `read` comes first.
+
+    Files are small, named by the holder's epoch and their number, and created at once or not at all. A file goes when
+    all its rows are in committed parts.
+
+    Args:
+        folder: the job's own, see `batch_folder`.
+        epoch: of the lease.
+        fingerprint: of the work.
+        rows_per_part: which rows make a part.
+    """
+
+    def __init__(self, folder: str, epoch: int, fingerprint: str, rows_per_part: int) -> None:
+        self._folder = join(folder, "journal")
+        self._epoch, self._rows_per_part = epoch, rows_per_part
+        self._schema = _SCHEMA.with_metadata({_FINGERPRINT_KEY: fingerprint.encode()})
+        self._files: dict[str, Counter[int]] = {}  # name -> part -> rows
+        self._written = 0
+
+    def read(self, is_committed: Callable[[int, int], bool]) -> dict[int, RowResult]:
+        """Row index -> result of the rows that no part has; a file that is damaged is told and passed over.
+
+        Raises:
+            StorageError: storage refused.
+        """
+        found: dict[int, RowResult] = {}
+        for name in filter(_NAME.fullmatch, list_names(self._folder)):
+            results = self._results(name)
+            self._files[name] = self._parts_of(results)
+            found.update((result.row_index, result) for result in results if not is_committed(result.row_index, 1))
+        return found
+
+    def write(self, results: Sequence[RowResult]) -> None:
+        """One more file.
+
+        Raises:
+            MoegenError: a file of that name has other content, which the lease should have made impossible.
+            StorageError: storage refused.
+        """
+        name = f"{self._epoch:06d}-{self._written:06d}.arrow"
+        uri, data = join(self._folder, name), self._encode(results)
+        if not put_create(uri, data) and read_bytes(uri) != data:  # a PUT that is tried again meets itself
+            raise MoegenError(f"{uri}: is there already with other rows; no two runners may have one lease")
+        self._written += 1
+        self._files[name] = self._parts_of(results)
+
+    def prune(self, is_committed: Callable[[int, int], bool]) -> None:
+        """Removes the files that nobody needs any more. Raises `StorageError` when storage refuses."""
+        for name, parts in list(self._files.items()):
+            if all(self._has(part, is_committed) for part in parts):
+                remove(join(self._folder, name))
+                del self._files[name]
+
+    def rows(self, is_committed: Callable[[int, int], bool]) -> int:
+        """How many rows only the journal has."""
+        return sum(
+            rows
+            for parts in list(self._files.values())
+            for part, rows in parts.items()
+            if not self._has(part, is_committed)
+        )
+
+    def _has(self, part: int, is_committed: Callable[[int, int], bool]) -> bool:
+        return is_committed(part * self._rows_per_part, 1)
+
+    def _parts_of(self, results: Sequence[RowResult]) -> Counter[int]:
+        return Counter(result.row_index // self._rows_per_part for result in results)
+
+    def _encode(self, results: Sequence[RowResult]) -> bytes:
+        columns = [
+            pa.array([arrow_cell(getattr(result, field.name)) for result in results], field.type)
+            for field in self._schema
+        ]
+        sink = io.BytesIO()
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(sink, self._schema, options=options) as writer:
+            writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+        return sink.getvalue()
+
+    def _results(self, name: str) -> list[RowResult]:
+        uri = join(self._folder, name)
+        try:
+            return list(self._decode(read_bytes(uri)))
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, InputError) as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("%s: is no journal of this work, its rows are run again: %s", uri, reason)
+            return []
+
+    def _decode(self, data: bytes) -> Iterator[RowResult]:
+        with pa.ipc.open_file(pa.py_buffer(data)) as file:
+            if not file.schema.equals(self._schema, check_metadata=True):
+                raise ValueError("it has other columns, or is of other work")
+            table = file.read_all()
+        table.validate(full=True)
+        for row in table.to_pylist():
+            error = row["error"] and RowError(**row["error"])
+            token_ids = None if row["token_ids"] is None else tuple(row["token_ids"])
+            yield RowResult(**{**row, "status": Status(row["status"]), "error": error, "token_ids": token_ids})
