@@ -8,11 +8,11 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
 from moegen.errors import Interrupted
+from moegen.job.answers import Answers
 from moegen.job.prepare import Prepared
 from moegen.job.progress import Meter
-from moegen.row import RowResult, Status
+from moegen.row import RowResult
 from moegen.schedule.sequence import Finished, Request
-from moegen.spec import Output
 from moegen.table.reader import RowBatch
 from moegen.table.writer import TableWriter
 
@@ -39,12 +39,12 @@ class Flight:
         batches: Iterable[tuple[RowBatch, list[Prepared | RowResult]]],
         writer: TableWriter,
         meter: Meter,
-        output: Output,
+        answers: Answers,
         stopping: Callable[[], bool],
     ) -> None:
         self._batches, self._writer, self._meter = batches, writer, meter
-        self._output, self._stopping = output, stopping
-        self._flying: dict[int, Prepared] = {}
+        self._answers, self._stopping = answers, stopping
+        self._flying: dict[int, tuple[Prepared, list[Finished]]] = {}  # the row, and those of its answers that ended
 
     def run(self, engine: Generator) -> None:
         """Until every row has its result.
@@ -56,7 +56,7 @@ class Flight:
         with closing(engine.generate(self._requests())) as events:
             for event in events:
                 if isinstance(event, Finished):
-                    self._settle(self._result(event))
+                    self._land(event)
                 else:
                     self._meter.add_pass(event.generated_tokens)
                     self._check_stop()
@@ -69,8 +69,8 @@ class Flight:
                 if isinstance(row, RowResult):
                     self._settle(row)
                 else:
-                    self._flying[row.request.row_index] = row
-                    yield row.request
+                    self._flying[row.request.row_index] = row, []
+                    yield from self._answers.requests(row)
 
     def _check_stop(self) -> None:
         if self._stopping():
@@ -86,21 +86,9 @@ class Flight:
         if part is not None:
             self._meter.add_committed(part.rows)
 
-    def _result(self, finished: Finished) -> RowResult:
-        prepared = self._flying.pop(finished.row_index)
-        answered = finished.status in (Status.OK, Status.LENGTH)
-        cut = finished.status is Status.LENGTH
-        return RowResult(
-            row_index=finished.row_index,
-            status=finished.status,
-            output=finished.text if answered and (not cut or self._output.on_length == "keep") else None,
-            output_raw=finished.text if cut else None,
-            error=finished.error,
-            finish_reason=finished.finish_reason,
-            prompt_tokens=finished.prompt_tokens,
-            completion_tokens=len(finished.token_ids) if answered else None,
-            seed=prepared.request.params.seed,
-            input_truncated=prepared.input_truncated,
-            token_ids=finished.token_ids if answered and "token_ids" in self._output.include else None,
-            prompt_rendered=prepared.prompt_rendered,
-        )
+    def _land(self, finished: Finished) -> None:
+        row, answers = self._flying[finished.row_index]
+        answers.append(finished)
+        if len(answers) == self._answers.per_row:
+            del self._flying[finished.row_index]
+            self._settle(self._answers.result(row, answers))

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from moegen.job.prepare import Prepared, Preparer, needed_columns
+from moegen.job.prepare import Prepared, Preparer
 from moegen.plan.workload import Workload
-from moegen.spec import JobSpec
 from moegen.table.reader import TableReader
-from moegen.text import Tokenizer
 
 _STRETCHES = 4
 
 
-def table_workload(spec: JobSpec, max_context_tokens: int) -> Workload | None:
+def table_workload(reader: TableReader, preparer: Preparer) -> Workload | None:
     """Prompts as the job will encode them, from up to four of the table's batches; every answer as long as it may be.
 
     None when none of those rows can run.
 
     Raises:
-        InputError, StorageError, SpecError: as the job itself would.
+        InputError, StorageError: as reading for the job itself would.
     """
-    reader = TableReader(spec.input, needed_columns(spec))
-    preparer = Preparer(spec, Tokenizer.load(spec.model.uri), max_context_tokens)
     stride = max(reader.rows // _STRETCHES, 1)
 
     def chosen(first_row: int, rows: int) -> bool:

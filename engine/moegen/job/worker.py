@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moegen.job.ahead import ahead
+from moegen.job.answers import Answers
 from moegen.job.attempt import Attempt
 from moegen.job.digest import model_digest
 from moegen.job.flight import Flight
@@ -27,6 +28,7 @@ from moegen.run.stats import PassReport
 from moegen.schedule.sequence import Finished, Request
 from moegen.shape import ModelShape
 from moegen.spec import JobSpec
+from moegen.table.columns import result_columns
 from moegen.table.fingerprint import fingerprint
 from moegen.table.manifest import Manifest
 from moegen.table.reader import RowBatch, TableReader
@@ -63,13 +65,15 @@ def run_job(
     reader = TableReader(spec.input, needed_columns(spec))
     shape = ModelShape.read(spec.model.uri)
     machine = Machine.detect(spec.engine.device)
-    workload = table_workload(spec, shape.max_position_embeddings)
-    plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
     tokenizer = Tokenizer.load(spec.model.uri)
+    workload = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
+    plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
     preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
+    answers = Answers(spec, tokenizer)
     digest = model_digest(spec.model.uri)
     work = fingerprint(spec, digest, tokenizer.digest, reader.files)
-    writer = TableWriter(spec.output, reader.schema, reader.rows, work, spec.job.key or work[:16])
+    columns = result_columns(spec)
+    writer = TableWriter(spec.output, reader.schema, reader.rows, work, spec.job.key or work[:16], columns)
     totals = writer.resumed
     meter.resume(reader.rows, totals.statuses, totals.prompt_tokens, totals.completion_tokens)
     if not writer.complete:
@@ -88,7 +92,7 @@ def run_job(
                 meter.follow(attempt.live)
                 meter.enter("running")
                 with attempt.written():
-                    Flight(batches, writer, meter, spec.output, stopping).run(_Watched(engine, attempt.add))
+                    Flight(batches, writer, meter, answers, stopping).run(_Watched(engine, attempt.add))
     meter.enter("finishing")
     return writer.finish(job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at)
 

@@ -1,37 +1,60 @@
 """From logits to tokens: vectorised over rows, each with its own parameters.
 
-The random draw for a row's token is a pure function of (seed, row, position), so an answer does not depend on batch,
-order, preemption or restart. A token is the inverse of the filtered distribution's cumulative sum at that draw.
+The random draw for a row's token is a pure function of (seed, row, which of its answers, position), so an answer does
+not depend on batch, order, preemption or restart. A token is the inverse of the filtered distribution's cumulative sum
+at that draw.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
 
+from moegen.answer.grammar import Bits
 from moegen.schedule.sequence import Sequence
 from moegen.spec import Sampling
 
 
-def uniform(seed: int, row_index: int, position: int) -> float:
-    """A draw in [0, 1) with 53 random bits, from a keyed hash of its coordinates."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, row_index, position), digest_size=8).digest()
+def uniform(seed: int, row_index: int, position: int, sample: int = 0) -> float:
+    """A draw in [0, 1) with 53 random bits, from a hash of its coordinates. `sample`: which of the row's answers."""
+    digest = hashlib.blake2b(struct.pack("<QQQQ", seed, row_index, sample, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 @torch.inference_mode()
-def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """The next token id of each sequence, from its logits `[S, V]` (any dtype; worked on in float32)."""
+def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence], masks_SB: Bits | None = None) -> list[int]:
+    """The next token id of each sequence, from its logits `[S, V]` (any dtype; worked on in float32).
+
+    `masks_SB` has a bit for every token, the lowest first: only tokens whose bit is set can be drawn.
+    """
     logits_SV = _penalise(logits_SV.float(), sequences)
+    if masks_SB is not None:
+        logits_SV = logits_SV.masked_fill(_forbidden(masks_SB, logits_SV), -math.inf)
     tokens = logits_SV.argmax(dim=-1)
     drawn = [i for i, s in enumerate(sequences) if s.request.params.temperature > 0]
     if drawn:
         own = [sequences[i] for i in drawn]
         tokens[torch.tensor(drawn, device=tokens.device)] = _draw(logits_SV[drawn], own)
     return tokens.tolist()
+
+
+def _forbidden(masks_SB: Bits, logits_SV: torch.Tensor) -> torch.Tensor:
+    """`[S, V]` of bool: the tokens whose bit is not set, or that have no bit."""
+    vocabulary = logits_SV.shape[1]
+    if logits_SV.device.type == "cpu":
+        allowed = torch.from_numpy(np.unpackbits(masks_SB, axis=1, count=vocabulary, bitorder="little"))
+    else:  # an eighth of the bytes to copy
+        bits = torch.arange(8, device=logits_SV.device, dtype=torch.uint8)
+        masks = torch.from_numpy(np.ascontiguousarray(masks_SB)).to(logits_SV.device)
+        allowed = masks[:, :, None].bitwise_right_shift(bits).bitwise_and(1).flatten(1)[:, :vocabulary]
+    if allowed.shape[1] < vocabulary:
+        allowed = torch.nn.functional.pad(allowed, (0, vocabulary - allowed.shape[1]))
+    return allowed == 0
 
 
 def _penalise(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
@@ -61,7 +84,7 @@ def _draw(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     if any(p.top_k > 0 or p.top_p < 1 for p in params):
         probs_SV = _keep_top(probs_SV, params)
     cumulative_SV = probs_SV.double().cumsum(dim=-1)
-    draws = [uniform(s.request.params.seed, s.request.row_index, len(s.tokens)) for s in sequences]
+    draws = [uniform(s.request.params.seed, s.request.row_index, len(s.tokens), s.request.sample) for s in sequences]
     targets_S1 = torch.tensor(draws, dtype=torch.float64, device=logits_SV.device)[:, None] * cumulative_SV[:, -1:]
     # The first token whose cumulative probability exceeds the target; it always has probability above 0.
     return torch.searchsorted(cumulative_SV, targets_S1, right=True)[:, 0].clamp(max=logits_SV.shape[1] - 1)

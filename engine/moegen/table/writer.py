@@ -12,6 +12,7 @@ import moegen
 from moegen.errors import MoegenError
 from moegen.row import RowResult
 from moegen.spec import Output
+from moegen.table.columns import Columns
 from moegen.table.folder import OutputFolder
 from moegen.table.manifest import Manifest, write_manifest
 from moegen.table.part import PartInfo, Totals
@@ -61,11 +62,11 @@ class _OpenPart:
     def results(self) -> list[RowResult]:
         return [self._results[row] for row in self.rows]
 
-    def table(self, output: Output) -> pa.Table:
+    def table(self, output: Output, columns: Columns | None) -> pa.Table:
         """The part's rows in input order; the part must be complete."""
         pieces = sorted(self._pieces, key=lambda piece: piece.first_row)
         files = [piece.file for piece in pieces for _ in range(piece.rows)]
-        return to_table(pa.concat_tables(piece.carried for piece in pieces), files, self.results, output)
+        return to_table(pa.concat_tables(piece.carried for piece in pieces), files, self.results, output, columns)
 
 
 class TableWriter:
@@ -82,8 +83,17 @@ class TableWriter:
     schema: pa.Schema  # of the output table
     resumed: Totals  # what was committed before this run
 
-    def __init__(self, spec: Output, input_schema: pa.Schema, total_rows: int, fingerprint: str, job_key: str) -> None:
-        self.schema = output_schema(input_schema, spec)
+    def __init__(
+        self,
+        spec: Output,
+        input_schema: pa.Schema,
+        total_rows: int,
+        fingerprint: str,
+        job_key: str,
+        columns: Columns | None = None,
+    ) -> None:
+        self.schema = output_schema(input_schema, spec, columns)
+        self._columns = columns
         self._input_schema = input_schema
         self._folder = OutputFolder(spec, total_rows, fingerprint, job_key)
         if spec.mode == "new_run":
@@ -134,7 +144,9 @@ class TableWriter:
             raise _not_awaited(result)
         if not part.add(result):
             return None
-        self._stored[index] = self._folder.commit(index, part.table(self._folder.spec), Totals.of(part.results))
+        self._stored[index] = self._folder.commit(
+            index, part.table(self._folder.spec, self._columns), Totals.of(part.results)
+        )
         del self._open[index]
         return self._stored[index].info
 
@@ -148,7 +160,7 @@ class TableWriter:
             StorageError: storage refused.
         """
         if self._folder.rows == 0 and not self._stored:
-            empty = to_table(pa.Table.from_batches([], self._input_schema), [], [], self._folder.spec)
+            empty = to_table(pa.Table.from_batches([], self._input_schema), [], [], self._folder.spec, self._columns)
             self._stored[0] = self._folder.commit(0, empty, Totals())
         totals = self.totals
         if totals.rows != self._folder.rows:
