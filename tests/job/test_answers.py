@@ -228,7 +228,8 @@ def test_several_answers_per_row_are_lists(model: Path, table: Path, tmp_path: P
             continue
         assert [len(row[name]) for name in ("token_ids", "finish_reason", "logprobs")] == [3, 3, 3]
         assert row["token_ids"][0] == alone["token_ids"]
-        assert row["logprobs"][0] == alone["logprobs"]
+        for ours, theirs in zip(row["logprobs"][0], alone["logprobs"], strict=True):  # batches round differently
+            assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-4)
         assert len(set(map(tuple, row["token_ids"]))) > 1
         assert row["completion_tokens"] == sum(map(len, row["token_ids"]))
         assert row["status"] == ("length" if "length" in row["finish_reason"] else "ok")

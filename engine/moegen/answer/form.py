@@ -27,7 +27,7 @@ class Form:
 
     def __init__(self, grammar: str, spec: JobSpec, tokenizer: Tokenizer) -> None:
         """Raises `SpecError` when the checkpoint's tokenizer or the grammar cannot be used."""
-        self.grammar = TokenGrammar(grammar, tokenizer)
+        self.grammar = TokenGrammar(grammar, tokenizer, json_text=bool(spec.output_schema))
         self._json = json_type(spec)
 
     @classmethod

@@ -73,7 +73,8 @@ class TokenGrammar:
         SpecError: the checkpoint's tokenizer or the grammar cannot be used for this.
     """
 
-    def __init__(self, grammar: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, grammar: str, tokenizer: Tokenizer, *, json_text: bool = False) -> None:
+        """`json_text` makes masks inside JSON's strings cheaper."""
         from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
         self.width_bytes = -(-tokenizer.vocab_size // 8)
@@ -85,7 +86,10 @@ class TokenGrammar:
             )
         try:
             self._tokens = LLTokenizer(
-                tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=sorted(tokenizer.eos_token_ids)
+                tokenizer.to_json(),
+                n_vocab=tokenizer.vocab_size,
+                eos_token=sorted(tokenizer.eos_token_ids),
+                slices=LLTokenizer.json_slices() if json_text else None,
             )
         except (ValueError, RuntimeError) as error:
             raise SpecError(f"model.uri: the tokenizer cannot be bound to a grammar: {error}") from error

@@ -51,23 +51,22 @@ class Masks(AbstractContextManager["Masks"]):
         self._matchers.pop(sequence, None)
 
     def _masks(self, sequences: list[Sequence]) -> Bits:
-        bound = [(row, sequence) for row, sequence in enumerate(sequences) if sequence.request.grammar is not None]
-        grammar = bound[0][1].request.grammar  # a job has one, and its matchers say where in it they are
-        matchers = [self._matcher(sequence) for _, sequence in bound]
+        bound = [row for row, sequence in enumerate(sequences) if sequence.request.grammar is not None]
+        matchers = [self._matcher(sequences[row]) for row in bound]
+        grammar = sequences[bound[0]].request.grammar  # a job has one, and its matchers say where in it they are
+        assert grammar is not None
         filled = grammar.masks(matchers)
-        if len(bound) == len(sequences):
-            masks = filled
-        else:
-            masks = np.full((len(sequences), filled.shape[1]), 0xFF, np.uint8)
-            masks[[row for row, _ in bound]] = filled
-        for (row, sequence), matcher in zip(bound, matchers, strict=True):
-            if (ends := sequence.request.params.stop_token_ids) and matcher.complete:
+        masks = np.full((len(sequences), filled.shape[1]), 0xFF, np.uint8)
+        masks[bound] = filled
+        for row, matcher in zip(bound, matchers, strict=True):
+            if (ends := sequences[row].request.params.stop_token_ids) and matcher.complete:
                 _allow(masks[row], ends)
         return masks
 
     def _matcher(self, sequence: Sequence) -> Matcher:
         matcher = self._matchers.get(sequence)
         if matcher is None:
+            assert sequence.request.grammar is not None
             matcher = self._matchers[sequence] = sequence.request.grammar.matcher()
         matcher.follow(sequence.answer)
         return matcher
