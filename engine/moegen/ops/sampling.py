@@ -14,6 +14,7 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from moegen.answer.grammar import Bits
 from moegen.schedule.sequence import Sequence
@@ -45,16 +46,17 @@ def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence], masks_SB: Bits | 
 
 def _forbidden(masks_SB: Bits, logits_SV: torch.Tensor) -> torch.Tensor:
     """`[S, V]` of bool: the tokens whose bit is not set, or that have no bit."""
-    vocabulary = logits_SV.shape[1]
-    if logits_SV.device.type == "cpu":
-        allowed = torch.from_numpy(np.unpackbits(masks_SB, axis=1, count=vocabulary, bitorder="little"))
-    else:  # an eighth of the bytes to copy
-        bits = torch.arange(8, device=logits_SV.device, dtype=torch.uint8)
-        masks = torch.from_numpy(np.ascontiguousarray(masks_SB)).to(logits_SV.device)
-        allowed = masks[:, :, None].bitwise_right_shift(bits).bitwise_and(1).flatten(1)[:, :vocabulary]
-    if allowed.shape[1] < vocabulary:
-        allowed = torch.nn.functional.pad(allowed, (0, vocabulary - allowed.shape[1]))
-    return allowed == 0
+    vocabulary, device = logits_SV.shape[1], logits_SV.device
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(masks_SB, axis=1, count=vocabulary, bitorder="little")) == 0
+    return unpacked(torch.from_numpy(np.ascontiguousarray(masks_SB)).to(device), vocabulary) == 0
+
+
+def unpacked(masks_SB: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """`[S, V]` of 0 where a token's bit is not set, or where it has none. For devices: an eighth crosses the link."""
+    powers = 1 << torch.arange(8, device=masks_SB.device, dtype=torch.uint8)
+    bits_SV = (masks_SB[:, :, None] & powers).flatten(1)[:, :vocabulary]
+    return F.pad(bits_SV, (0, vocabulary - bits_SV.shape[1]))
 
 
 def _penalise(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
