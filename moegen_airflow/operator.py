@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Airflow kills an overdue deferral without on_kill; the trigger's own deadline must come first.
 DEFERRAL_PAD_S = 600
+_PLAIN_FIELDS = {"task", "output_schema", "choices", "regex"}  # of the specification, beside its sections
 _PROMPT_WAYS = {"column", "messages_column", "template", "token_ids_column"}
 
 
@@ -48,7 +49,7 @@ class MoegenBatchOperator(BaseOperator):
     :param id_column: column that identifies rows; it must exist.
     :param sampling_params: (templated) `max_tokens` is required; temperature, top_p, stop, seed, ... as in vLLM.
     :param job_params: (templated) any part of the job specification, merged over what the parameters above make,
-        as in `{"prompt": {"chat": True}, "output": {"rows_per_part": 100_000}}`.
+        as in `{"prompt": {"chat": True}, "output": {"rows_per_part": 100_000}}` or `{"choices": ["yes", "no"]}`.
     :param moegen_conn_id: (templated) the service's connection.
     :param wait_for_completion: False returns the job's key at once, for `MoegenBatchSensor`.
     :param deferrable: wait in the triggerer instead of on a worker.
@@ -172,7 +173,8 @@ class MoegenBatchOperator(BaseOperator):
     def _completed(self, spec: dict[str, Any]) -> dict[str, Any]:
         """With the defaults that are the provider's own."""
         for section, value in spec.items():
-            _require_mapping(f"job_params: {section}", value)
+            if section not in _PLAIN_FIELDS:
+                _require_mapping(f"job_params: {section}", value)
         if "max_tokens" not in spec["sampling"]:
             raise MoegenInputError(
                 f"sampling_params: {spec['sampling']!r} has no max_tokens; give the longest answer's number of tokens"

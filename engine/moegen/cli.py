@@ -73,6 +73,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        _dry_run(args)
+        return
     stopping = StopRequest()
     stopping.on_signals()
     if args.stop_on_stdin_eof:
@@ -81,6 +84,13 @@ def _run(args: argparse.Namespace) -> None:
         manifest = _run_job(args, stopping, status)
         status.succeed(manifest)
     print(json.dumps(manifest.to_mapping()) if args.json else _summary(manifest, args.job))
+
+
+def _dry_run(args: argparse.Namespace) -> None:
+    from moegen.job.dry_run import dry_run
+
+    found = dry_run(JobSpec.read(args.job, args.set))
+    print(json.dumps(asdict(found)) if args.json else f"{args.job}: {found.describe()}")
 
 
 def _run_job(args: argparse.Namespace, stopping: StopRequest, status: _StatusFile) -> Manifest:
@@ -309,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "run a job, or what is left of it")
     run.add_argument("job", metavar="JOB.yaml")
     _add_set(run)
+    run.add_argument("--dry-run", action="store_true", help="read and count every row; load no model, write nothing")
     run.add_argument("--status-file", type=Path, metavar="F", help="keep progress, error and manifest in this file")
     run.add_argument("--stop-on-stdin-eof", action="store_true", help="stop in order when standard input ends")
     run.add_argument("--device-lock", type=Path, metavar="F", help="wait for this file's lock before the model loads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Status(StrEnum):
@@ -11,6 +12,7 @@ class Status(StrEnum):
 
     OK = "ok"
     LENGTH = "length"  # the answer was cut at max_tokens
+    INVALID_OUTPUT = "invalid_output"  # the answer ended, but is not what the job asked for; kept in `output_raw`
     SKIPPED_NULL = "skipped_null"  # no prompt: null, or nothing left of it
     TOO_LONG = "too_long"  # prompt + max_tokens exceed the model's context or the KV pool
     INVALID_PARAMS = "invalid_params"  # this row's own sampling parameters cannot be used
@@ -37,24 +39,38 @@ class RowError:
     retryable: bool = False
 
 
+Text = str | tuple[str | None, ...] | None  # one answer's, or one for each of several
+
+
 @dataclass(frozen=True, slots=True)
 class RowResult:
     """Everything that the engine adds to one input row (the table's own columns are carried beside it).
 
     `output` is set only when `status` is `ok`, or `length` when the job asks to keep cut answers;
-    a cut answer's text is always in `output_raw`.
+    the text of an answer that was cut or is invalid is always in `output_raw`.
+
+    Where a row has several answers (`sampling.n`), `output`, `output_json`, `output_raw`, `finish_reason`, `token_ids`
+    and `logprobs` are tuples with an entry for each, to which the rule above applies; `status` and `error` are those
+    of the worst.
     """
 
     row_index: int  # ordinal of the row over all input files
     status: Status
-    output: str | None = None
-    output_raw: str | None = None
+    output: Text = None
+    output_raw: Text = None
     error: RowError | None = None
-    finish_reason: str | None = None  # "stop" (end token, stop token or stop string) or "length"
+    finish_reason: Text = None  # "stop" (end token, stop token or stop string) or "length"
     prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    completion_tokens: int | None = None  # of all answers
     attempts: int = 0  # how often it entered the engine: 1, and once more for every crash with it in flight
     seed: int | None = None
     input_truncated: bool = False
-    token_ids: tuple[int, ...] | None = None  # generated ids, when output.include asks for them
+    token_ids: tuple[Any, ...] | None = None  # generated ids, when output.include asks for them
     prompt_rendered: str | None = None  # the text that was encoded, when output.include asks for it
+    output_json: Any = None  # the answer as a value of the type that its schema means
+    logprobs: tuple[Any, ...] | None = None  # one mapping per generated token, when sampling.logprobs asks for them
+    label: str | None = None  # task classify: the likeliest choice
+    label_prob: float | None = None
+    label_probs: tuple[float, ...] | None = None  # of every choice; they sum to 1
+    score: float | None = None  # task score: the continuation's log-likelihood in nats
+    score_tokens: int | None = None  # how many tokens it has

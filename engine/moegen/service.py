@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 import moegen
+from moegen.answer.grammar import grammar_text
 from moegen.errors import MoegenError, SpecError
 from moegen.job import records
 from moegen.job.allowed import AllowedUris
@@ -97,6 +98,7 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
     def submit(key: str, body: bytes, owner: int) -> JSONResponse:
         spec = _specification(body)
         allowed.check(spec)
+        grammar_text(spec)  # a form that cannot be compiled is refused now, not when the job's turn comes
         record, created = store.submit(key, spec, owner, time.time())
         supervisor.wake()
         return JSONResponse(job_view(store, record), 201 if created else 200)

@@ -25,6 +25,14 @@ from moegen.errors import SpecError
 _T = typing.TypeVar("_T")
 JOB_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names a folder, and a part of a URL
 
+JsonText = typing.NewType("JsonText", str)
+"""A mapping as JSON text. A specification may hold the mapping itself; as text it is frozen, and the order of its keys,
+which is the order in which an answer has them, survives every trip."""
+
+
+MAX_ANSWERS = 64  # of one row
+MAX_LOGPROBS = 20  # beside a generated token's own
+
 
 class JobState(StrEnum):
     """A job's life: queued -> running -> one of the other three; failed and cancelled jobs can be resumed."""
@@ -82,7 +90,8 @@ class Prompt:
     token_ids_column: str | None = None  # ids, used as they are
     system: str | None = None  # a system message; makes raw text and templates go through the chat template
     chat: bool = False  # send raw text or the template through the chat template as one user message
-    on_null: Literal["skip"] = "skip"  # a row without a prompt gets status skipped_null
+    continuation_column: str | None = None  # task score: the text whose likelihood after the prompt is asked for
+    on_null: Literal["skip"] = "skip"  # a row without a prompt (or continuation) gets status skipped_null
     on_too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
 
     def __post_init__(self) -> None:
@@ -110,7 +119,7 @@ class Model:
 class Sampling:
     """How the next token is chosen; vLLM's names and order (penalty, temperature, min_p, top_k, top_p)."""
 
-    max_tokens: int  # at most this many generated tokens
+    max_tokens: int  # at most this many generated tokens; the tasks classify and score generate none
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all
@@ -147,13 +156,20 @@ class Sampling:
 
 @dataclass(frozen=True)
 class JobSampling(Sampling):
-    """The job's parameters, and where rows may bring their own."""
+    """The job's parameters, and where rows may bring their own (not `n` and `logprobs`, which decide columns)."""
 
+    n: int = 1  # answers per row; where it is more than 1, the columns that hold answers are lists
+    logprobs: int | None = None  # column logprobs: of each generated token, and of so many of the likeliest beside it
     params_column: str | None = None  # a struct, map or JSON text of overrides per row
     param_columns: tuple[str, ...] = ()  # same-named columns of overrides, e.g. [max_tokens, seed]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(1 <= self.n <= MAX_ANSWERS, "sampling.n", self.n, f"give 1 to {MAX_ANSWERS} answers")
+        varied = self.temperature > 0 or self.params_column is not None or "temperature" in self.param_columns
+        _require(self.n == 1 or varied, "sampling.n", self.n, "greedy answers are all the same; set a temperature")
+        _require(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "sampling.logprobs", self.logprobs,
+                 f"give 0 to {MAX_LOGPROBS}, or leave it out")  # fmt: skip
         known = {f.name for f in dataclasses.fields(Sampling)}
         for name in self.param_columns:
             _require(name in known, "sampling.param_columns", name, f"name some of {', '.join(sorted(known))}")
@@ -282,15 +298,58 @@ class JobSpec:
     errors: Errors = field(default_factory=Errors)
     limits: Limits = field(default_factory=Limits)
 
+    task: Literal["generate", "classify", "score"] = "generate"  # write; choose among choices; rate a continuation
+    # What generated answers must be: one of the next three at most.
+    output_schema: JsonText | None = None  # JSON that this JSON Schema admits; also parsed, as column output_json
+    choices: tuple[str, ...] = ()  # one of these texts, as the model would write it; classify needs them
+    regex: str | None = None  # a text that this expression matches as a whole
+
     def __post_init__(self) -> None:
         folder = self.output.uri.rstrip("/") + "/"
         for uri in self.input.uris:
             _require(not folder.startswith(uri.rstrip("/") + "/"), "output.uri", self.output.uri,
                      f"it lies in the input {uri!r} and would be read as input; name another folder")  # fmt: skip
+        given = [name for name in ("output_schema", "choices", "regex") if getattr(self, name)]
+        _require(len(given) <= 1, "output_schema, choices, regex", given, "give at most one of them")
+        _require(all(self.choices), "choices", self.choices, "a choice cannot be empty")
+        _require(len(set(self.choices)) == len(self.choices), "choices", self.choices, "name each choice once")
+        _require(self.regex != "", "regex", self.regex, "give an expression, or leave it out")
+        _require(not (given and self.sampling.ignore_eos), "sampling.ignore_eos", True,
+                 f"an answer that is bound by {', '.join(given)} ends where it is complete; leave it out")  # fmt: skip
+        self._check_task(given)
+
+    def _check_task(self, given: list[str]) -> None:
+        """What the task needs, and what it has no use for."""
+        continuation = self.prompt.continuation_column
+        if self.task == "classify":
+            _require(len(self.choices) >= 2, "choices", self.choices, "task classify chooses between two or more")
+        if self.task == "score":
+            _require(continuation is not None, "prompt.continuation_column", continuation,
+                     "task score needs the column whose text is rated")  # fmt: skip
+            _require(not given, "task", self.task, f"score rates a given text; leave out {', '.join(given)}")
+        else:
+            _require(
+                continuation is None, "prompt.continuation_column", continuation, "only task score has a use for it"
+            )
+        if self.task != "generate":
+            _require(self.sampling.n == 1, "sampling.n", self.sampling.n, f"task {self.task} samples nothing")
+            _require(self.sampling.logprobs is None, "sampling.logprobs", self.sampling.logprobs,
+                     f"task {self.task} samples nothing")  # fmt: skip
+            _require("token_ids" not in self.output.include, "output.include", "token_ids",
+                     f"task {self.task} generates nothing")  # fmt: skip
+
+    @property
+    def bound(self) -> bool:
+        """Whether generated answers must be of a given form."""
+        return self.task == "generate" and bool(self.output_schema or self.choices or self.regex)
 
     @classmethod
     def from_mapping(cls, mapping: typing.Mapping[str, Any]) -> JobSpec:
         """Raises `SpecError` when `mapping` is not a complete and valid specification."""
+        if isinstance(mapping, typing.Mapping) and mapping.get("task") in ("classify", "score"):
+            sampling = mapping.get("sampling") or {}
+            if isinstance(sampling, typing.Mapping):  # nothing is generated, so max_tokens need not be given
+                mapping = {**mapping, "sampling": {"max_tokens": 1, **sampling}}
         return from_mapping(cls, mapping, "")
 
     @classmethod
@@ -364,6 +423,8 @@ def _join(path: str, name: str) -> str:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is JsonText:
+        return _json_text(value, path)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_mapping(hint, value if value is not None else {}, path)
     if origin is Literal:
@@ -389,6 +450,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     _require(matches, path, value, f"give {_ARTICLES.get(hint, hint.__name__)}")
     return value
+
+
+def _json_text(value: Any, path: str) -> JsonText:
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(mapping, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SpecError(f"{path}: is not JSON: {error}; give a mapping of JSON values, or it as JSON text") from error
+    _require(isinstance(mapping, dict), path, value, "give a mapping, or it as JSON text")
+    return JsonText(text)
 
 
 _ARTICLES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,22 @@ class Tokenizer:
         if self._rust is None:
             return self._hf.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return self._rust.decode(token_ids, skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """The fast tokenizer as its own JSON, for libraries that must know every token's bytes.
+
+        Raises:
+            SpecError: the checkpoint has only a slow one.
+        """
+        if self._rust is None:
+            raise SpecError(
+                "output_schema, choices, regex: answers of a given form need a fast tokenizer; add tokenizer.json "
+                "to the checkpoint folder"
+            )
+        tokenizer = copy(self._rust)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer.to_str()
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """These messages through the chat template, up to where the assistant's answer begins.

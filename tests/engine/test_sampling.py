@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from moegen.ops.sampling import sample, uniform
+from moegen.ops.sampling import sample, uniform, unpacked
 from moegen.schedule.sequence import Request, Sequence
 from moegen.spec import Sampling
 from transformers import (
@@ -42,7 +43,7 @@ def warped(row_V: torch.Tensor, s: Sequence) -> torch.Tensor:
 
 
 def inverse_cdf(probs_V: torch.Tensor, s: Sequence) -> int:
-    draw = uniform(s.request.params.seed, s.request.row_index, len(s.tokens))
+    draw = uniform(s.request.params.seed, s.request.row_index, len(s.tokens), s.request.sample)
     total = 0.0
     for token, p in enumerate(probs_V.tolist()):
         total += p
@@ -95,6 +96,35 @@ def test_the_draw_is_a_pure_and_even_function_of_its_coordinates():
     assert all(0 <= draw < 1 for draw in draws)
     assert math.isclose(sum(draws) / 2000, 0.5, abs_tol=0.03)
     assert uniform(1, 2, 3) != uniform(1, 3, 2) != uniform(2, 1, 3)
+    assert len({uniform(1, 2, 3, sample) for sample in range(50)} | {uniform(1, 2, 3)}) == 50
+
+
+def masks(rows: int, seed: int = 1) -> tuple[np.ndarray, torch.Tensor]:
+    """Random ones as bits, and which of the tokens they forbid; the last two tokens have no bit."""
+    allowed = np.random.default_rng(seed).random((rows, VOCABULARY - 2)) < 0.3
+    allowed[:, 5] = True
+    forbidden = torch.ones(rows, VOCABULARY, dtype=torch.bool)
+    forbidden[:, : VOCABULARY - 2] = torch.from_numpy(~allowed)
+    return np.packbits(allowed, axis=1, bitorder="little"), forbidden
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
+                                    {"temperature": 2.0, "min_p": 0.2, "repetition_penalty": 1.4}])  # fmt: skip
+def test_masked_tokens_are_out_before_anything_else_is_done(params):
+    rows = [sequence(i, [1, 2, 3 + i], seed=i, **params) for i in range(40)]
+    given = logits(40)
+    packed, forbidden = masks(40)
+    expected = sample(given.masked_fill(forbidden, -torch.inf), rows)
+    assert sample(given.clone(), rows, packed) == expected != sample(given.clone(), rows)
+    assert not any(forbidden[i, token] for i, token in enumerate(expected))
+
+
+def test_bits_are_unpacked_alike_on_the_host_and_on_a_device():
+    bits, forbidden = masks(7)
+    assert torch.equal(unpacked(torch.from_numpy(bits), VOCABULARY) == 0, forbidden)
+    wide, narrow = unpacked(torch.from_numpy(bits), 64), unpacked(torch.from_numpy(bits), 9)
+    assert (wide.shape, narrow.shape) == ((7, 64), (7, 9))
+    assert not wide[:, VOCABULARY:].any()
 
 
 def test_no_rows_is_no_tokens():

@@ -31,6 +31,8 @@ def key_of(ids=None, **parameters):
         {"messages_column": "chat"},
         {"job_params": {"prompt": {"token_ids_column": "ids"}, "engine": {"plan": {"pass_tokens": 64}}}},
         {"sampling_params": {"max_tokens": 8, "temperature": 0.7, "stop": ["\n"], "seed": 3}},
+        {"job_params": {"output_schema": {"type": "object", "properties": {"a": {"type": "string"}}}}},
+        {"job_params": {"task": "classify", "choices": ["bug", "question"]}},
     ],
 )
 def test_what_it_builds_is_a_valid_specification_of_the_engine(parameters):

@@ -75,6 +75,7 @@ def test_requests_that_are_refused(start: Start, job_of: JobOf) -> None:
         (service.put("job", wrong), "did you mean 'temperature'"),
         (service.put("-job", job_of("out")), "cannot name a job"),
         (service.put("job", {**job_of("out"), "input": {"uri": "s3://me:secret@bucket/in"}}), "holds credentials"),
+        (service.put("job", {**job_of("out"), "regex": "[a"}), "regex: cannot be compiled"),
         (service.client.put("/v1/jobs/job", content=b"input: yaml"), "not JSON"),
         (service.client.put("/v1/jobs/job", content=b"[" * 100_000), "not JSON"),
         (service.client.put("/v1/jobs/job?owner=me", json=job_of("out")), "owner: 'me'"),

@@ -73,6 +73,17 @@ def test_what_can_change_a_part(changes: dict[str, Any]) -> None:
     assert digest(changes) != digest()
 
 
+def test_the_form_of_answers_and_its_order() -> None:
+    def form(**fields: Any) -> str:
+        return fingerprint(JobSpec.from_mapping({**SPEC, **fields}), "m", "t", FILES)
+
+    a, b = {"a": {"type": "string"}}, {"b": {"type": "string"}}
+    schemas = [{"type": "object", "properties": properties} for properties in ({**a, **b}, {**b, **a}, a)]
+    forms = [{"output_schema": schema} for schema in schemas] + [{"choices": ["x", "y"]}, {"choices": ["y", "x"]},
+             {"regex": "x"}, {"task": "classify", "choices": ["x", "y"]}]  # fmt: skip
+    assert len({digest(), *(form(**fields) for fields in forms)}) == len(forms) + 1
+
+
 def test_digests_and_files() -> None:
     assert digest(model="other") != digest()
     assert digest(tokenizer="other") != digest()

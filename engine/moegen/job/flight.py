@@ -6,16 +6,17 @@ import collections.abc
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from moegen.errors import MoegenError
+from moegen.job.answers import Answers
 from moegen.job.keeper import Keeper
 from moegen.job.prepare import Prepared
 from moegen.job.progress import Meter
 from moegen.job.rules import Rules
 from moegen.row import RowError, RowResult, Status
 from moegen.schedule.sequence import Begun, Finished, Request
-from moegen.spec import Output
 from moegen.table.reader import RowBatch
 from moegen.table.writer import TableWriter
 
@@ -66,7 +67,7 @@ class Flight:
         batches: Iterable[tuple[RowBatch, list[Prepared | RowResult]]],
         writer: TableWriter,
         meter: Meter,
-        output: Output,
+        answers: Answers,
         keeper: Keeper,
         rules: Rules,
         *,
@@ -76,9 +77,9 @@ class Flight:
         check: Callable[[], None],
     ) -> None:
         self._batches, self._writer, self._meter = batches, writer, meter
-        self._output, self._keeper, self._rules, self._check = output, keeper, rules, check
+        self._answers, self._keeper, self._rules, self._check = answers, keeper, rules, check
         self._found, self._crashes, self._quarantine_after = found, crashes, quarantine_after
-        self._flying: dict[int, Prepared] = {}
+        self._flying: dict[int, tuple[Prepared, list[Finished]]] = {}  # the row, and those of its answers that ended
         self._alone: deque[Prepared] = deque()
 
     def run(self, engine: Generator) -> None:
@@ -101,9 +102,7 @@ class Flight:
                 if isinstance(event, Begun):
                     self._keeper.begin(event.row_indexes)
                 elif isinstance(event, Finished):
-                    result = self._result(event)
-                    self._keeper.end(result)
-                    self._settle(result)
+                    self._land(event)
                 else:
                     self._meter.add_pass(event.generated_tokens)
                     self._check()
@@ -127,8 +126,8 @@ class Flight:
                     yield from self._takes_off(row)
 
     def _takes_off(self, row: Prepared) -> Iterator[Request]:
-        self._flying[row.request.row_index] = row
-        yield row.request
+        self._flying[row.request.row_index] = row, []
+        yield from self._answers.requests(row)
 
     def _settle(self, result: RowResult, *, known: bool = False) -> None:
         """`known`: the journal has it, and the meter counted it."""
@@ -155,22 +154,14 @@ class Flight:
         self._keeper.end(result)
         return result
 
-    def _result(self, finished: Finished) -> RowResult:
-        prepared = self._flying.pop(finished.row_index)
-        answered = finished.status in (Status.OK, Status.LENGTH)
-        cut = finished.status is Status.LENGTH
-        return RowResult(
-            row_index=finished.row_index,
-            status=finished.status,
-            output=finished.text if answered and (not cut or self._output.on_length == "keep") else None,
-            output_raw=finished.text if cut else None,
-            error=finished.error,
-            finish_reason=finished.finish_reason,
-            prompt_tokens=finished.prompt_tokens,
-            completion_tokens=len(finished.token_ids) if answered else None,
-            attempts=self._crashes[finished.row_index] + 1 if answered else 0,
-            seed=prepared.request.params.seed,
-            input_truncated=prepared.input_truncated,
-            token_ids=finished.token_ids if answered and "token_ids" in self._output.include else None,
-            prompt_rendered=prepared.prompt_rendered,
-        )
+    def _land(self, finished: Finished) -> None:
+        row, answers = self._flying[finished.row_index]
+        answers.append(finished)
+        if len(answers) < self._answers.per_row:
+            return
+        del self._flying[finished.row_index]
+        result = self._answers.result(row, answers)
+        attempts = self._crashes[result.row_index] + 1 if result.completion_tokens is not None else 0
+        result = replace(result, attempts=attempts)
+        self._keeper.end(result)
+        self._settle(result)

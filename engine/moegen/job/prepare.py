@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moegen.errors import SpecError
 from moegen.job.params import row_params
 from moegen.job.prompts import (
     ROLES,
     Refused,
     Row,
     Template,
+    continuation_text,
     empty_prompt,
     finder,
     prompt_error,
@@ -46,7 +48,8 @@ def needed_columns(spec: JobSpec) -> tuple[str, ...]:
         SpecError: the template has a stray brace.
     """
     prompt, sampling = spec.prompt, spec.sampling
-    names = [prompt.column, prompt.messages_column, prompt.token_ids_column, sampling.params_column]
+    names = [prompt.column, prompt.messages_column, prompt.token_ids_column, prompt.continuation_column]
+    names += [sampling.params_column]
     names += [*(Template(prompt.template).places if prompt.template is not None else ()), *sampling.param_columns]
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
@@ -60,7 +63,7 @@ class Preparer:
         max_context_tokens: prompt and answer together may have this many tokens.
 
     Raises:
-        SpecError: the job needs a chat template and the checkpoint has none.
+        SpecError: the job needs a chat template and the checkpoint has none, or a choice has no tokens.
     """
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_context_tokens: int) -> None:
@@ -72,34 +75,48 @@ class Preparer:
         if self._chat:
             tokenizer.require_chat_template()
         self._find = finder(spec.prompt)
+        self._bound = spec.bound
+        self._longest = "sampling.max_tokens" if spec.task == "generate" else "a longest continuation of"
+        self._continuation_column = spec.prompt.continuation_column
+        self._choices = _encoded_choices(spec, tokenizer) if spec.task == "classify" else ()
 
     def prepare(self, rows: Iterable[tuple[int, Row | RowError]]) -> list[Prepared | RowResult]:
         """One `Prepared` or, for a row that cannot run, its `RowResult` per `(row_index, values)`, in order."""
         drafts = [self._draft(row_index, values) for row_index, values in rows]
-        texts = [draft.text for draft in drafts if isinstance(draft, _Draft) and draft.text is not None]
+        good = [draft for draft in drafts if isinstance(draft, _Draft)]
+        texts = [draft.text for draft in good if draft.text is not None]
         encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=not self._chat))
-        return [draft if isinstance(draft, RowResult) else self._finish(draft, encoded) for draft in drafts]
+        rated = [draft.continuation for draft in good if draft.continuation is not None]
+        continuations = iter(self._tokenizer.encode_batch(rated, add_special_tokens=False))
+        return [
+            draft if isinstance(draft, RowResult) else self._finish(draft, encoded, continuations) for draft in drafts
+        ]
 
     def _draft(self, row_index: int, values: Row | RowError) -> _Draft | RowResult:
         try:
             if isinstance(values, RowError):
                 raise Refused(Status.ERROR, values)
             found = self._find(values)
-            params = row_params(self._sampling, values)
+            params = self._checked_params(row_params(self._sampling, values))
+            rated = self._continuation(values)
             if not isinstance(found, str) and not self._chat:
-                return _Draft(row_index, params, None, self._checked_ids(found))
-            return _Draft(row_index, params, self._render(found), ())
+                return _Draft(row_index, params, None, self._checked_ids(found), rated)
+            return _Draft(row_index, params, self._render(found), (), rated)
         except Refused as refused:
             return _result(row_index, refused)
 
+    def _checked_params(self, params: Sampling) -> Sampling:
+        if self._bound and params.ignore_eos:
+            message = "sampling.ignore_eos: an answer of a given form ends where it is complete; leave it out"
+            raise Refused(Status.INVALID_PARAMS, RowError("invalid_params", message, "params"))
+        return params
+
+    def _continuation(self, values: Row) -> str | None:
+        column = self._continuation_column
+        return None if column is None else _encodable(continuation_text(values, column), "continuation")
+
     def _render(self, found: str | list[Any]) -> str:
-        text = found if isinstance(found, str) else self._through_template(found)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            message = f"the prompt has a lone surrogate at character {error.start}"
-            raise Refused(Status.ERROR, prompt_error("invalid_text", message)) from None
-        return text
+        return _encodable(found if isinstance(found, str) else self._through_template(found), "prompt")
 
     def _through_template(self, messages: list[Any]) -> str:
         from jinja2 import TemplateError
@@ -119,13 +136,19 @@ class Preparer:
                 raise Refused(Status.ERROR, prompt_error("bad_token_id", message))
         return tuple(ids)
 
-    def _finish(self, draft: _Draft, encoded: Iterator[list[int]]) -> Prepared | RowResult:
+    def _finish(
+        self, draft: _Draft, encoded: Iterator[list[int]], continuations: Iterator[list[int]]
+    ) -> Prepared | RowResult:
         ids = draft.token_ids if draft.text is None else tuple(next(encoded))
+        rated = self._choices if draft.continuation is None else (tuple(next(continuations)),)
+        params = replace(draft.params, max_tokens=max(map(len, rated))) if rated and all(rated) else draft.params
         try:
-            fitting = self._fit(ids, draft.params.max_tokens)
+            if not all(rated):
+                raise empty_prompt("the continuation has no tokens")
+            fitting = self._fit(ids, params.max_tokens)
         except Refused as refused:
             return _result(draft.row_index, refused)
-        request = Request(draft.row_index, fitting, draft.params)
+        request = Request(draft.row_index, fitting, params, continuations=rated)
         return Prepared(request, len(fitting) < len(ids), draft.text if self._keep_rendered else None)
 
     def _fit(self, ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
@@ -136,7 +159,7 @@ class Preparer:
             return ids
         if self._on_too_long == "error" or room < 1:
             message = (
-                f"{len(ids)} prompt tokens and sampling.max_tokens {max_tokens} exceed "
+                f"{len(ids)} prompt tokens and {self._longest} {max_tokens} exceed "
                 f"the {self._max_context_tokens} tokens that fit"
             )
             raise Refused(Status.TOO_LONG, prompt_error("too_long", message), len(ids))
@@ -151,6 +174,30 @@ class _Draft:
     params: Sampling
     text: str | None
     token_ids: tuple[int, ...]
+    continuation: str | None
+
+
+def _encoded_choices(spec: JobSpec, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each choice's tokens, as they follow the prompt's.
+
+    Raises:
+        SpecError: the tokenizer makes nothing of one, or the same of two.
+    """
+    encoded = tuple(map(tuple, tokenizer.encode_batch(spec.choices, add_special_tokens=False)))
+    for index, token_ids in enumerate(encoded):
+        if not token_ids or token_ids in encoded[:index]:
+            what = "the tokens of another choice" if token_ids else "no tokens"
+            raise SpecError(f"choices: {spec.choices[index]!r} has {what} in this checkpoint; word it otherwise")
+    return encoded
+
+
+def _encodable(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"the {what} has a lone surrogate at character {error.start}"
+        raise Refused(Status.ERROR, prompt_error("invalid_text", message)) from None
+    return text
 
 
 def _result(row_index: int, refused: Refused) -> RowResult:

@@ -64,6 +64,14 @@ def _column_text(column: str) -> Callable[[Row], str]:
     return lambda row: _of_type(_present(row, column), str, column, "a prompt is text")
 
 
+def continuation_text(row: Row, column: str) -> str:
+    """The text whose likelihood after the prompt is asked for."""
+    text: str = _of_type(_present(row, column), str, column, "a continuation is text")
+    if not text:
+        raise empty_prompt("the continuation is empty")
+    return text
+
+
 def empty_prompt(message: str) -> Refused:
     """This row has a prompt, but nothing in it to start from."""
     return Refused(Status.SKIPPED_NULL, prompt_error("empty_prompt", message))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from moegen.errors import Interrupted
 from moegen.job.ahead import ahead
+from moegen.job.answers import Answers
 from moegen.job.attempt import Attempt
 from moegen.job.digest import model_digest
 from moegen.job.flight import Flight, NoEngine
@@ -34,6 +35,7 @@ from moegen.schedule.sequence import Begun, Finished, Request
 from moegen.shape import ModelShape
 from moegen.spec import JobSpec
 from moegen.table.batch_plan import BatchPlan, batch_folder, clear_batch
+from moegen.table.columns import result_columns
 from moegen.table.fingerprint import fingerprint
 from moegen.table.journal import Journal
 from moegen.table.lease import Lease
@@ -71,7 +73,7 @@ def run_job(
     meter = Meter(report)
     meter.enter("starting")
     reader = TableReader(spec.input, needed_columns(spec))
-    setup = _Setup.of(spec, reader)
+    setup, columns = _Setup.of(spec, reader), result_columns(spec)
     digest = model_digest(spec.model.uri)
     work = fingerprint(spec, digest, setup.tokenizer.digest, reader.files)
     key = spec.job.key or work[:16]
@@ -80,9 +82,9 @@ def run_job(
     if spec.output.mode == "create":
         batch_plan.check(folder)
     with Lease(folder, spec.checkpoint.lease_seconds, stopping) as lease:
-        writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease)
+        writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease, columns)
         batch_plan.write(folder)
-        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part)
+        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part, columns)
         found = journal.read(writer.is_committed)
         journaled = Totals.of(found.values())
         meter.resume(reader.rows, writer.resumed, journaled)
@@ -103,7 +105,7 @@ def run_job(
             meter.follow_journal(lambda: keeper.rows_journaled)
             batches = ahead(_prepared(reader, writer, setup.preparer, found), _BATCHES_AHEAD)
             flight = Flight(
-                batches, writer, meter, spec.output, keeper, rules,
+                batches, writer, meter, setup.answers, keeper, rules,
                 found=found, crashes=marks.crashes, quarantine_after=spec.errors.quarantine_after, check=check,
             )  # fmt: skip
             begun = _Begun(work, reader.rows, writer.resumed.rows, journaled.rows)
@@ -129,6 +131,7 @@ class _Setup:
     plan: Plan
     tokenizer: Tokenizer
     preparer: Preparer
+    answers: Answers
 
     @classmethod
     def of(cls, spec: JobSpec, reader: TableReader) -> _Setup:
@@ -138,7 +141,7 @@ class _Setup:
         workload = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
         plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
         preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
-        return cls(shape, machine, workload, plan, tokenizer, preparer)
+        return cls(shape, machine, workload, plan, tokenizer, preparer, Answers(spec, tokenizer))
 
 
 @dataclass(frozen=True)

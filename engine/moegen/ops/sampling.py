@@ -1,37 +1,62 @@
 """From logits to tokens: vectorised over rows, each with its own parameters.
 
-The random draw for a row's token is a pure function of (seed, row, position), so an answer does not depend on batch,
-order, preemption or restart. A token is the inverse of the filtered distribution's cumulative sum at that draw.
+The random draw for a row's token is a pure function of (seed, row, which of its answers, position), so an answer does
+not depend on batch, order, preemption or restart. A token is the inverse of the filtered distribution's cumulative sum
+at that draw.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
+from moegen.answer.grammar import Bits
 from moegen.schedule.sequence import Sequence
 from moegen.spec import Sampling
 
 
-def uniform(seed: int, row_index: int, position: int) -> float:
-    """A draw in [0, 1) with 53 random bits, from a keyed hash of its coordinates."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, row_index, position), digest_size=8).digest()
+def uniform(seed: int, row_index: int, position: int, sample: int = 0) -> float:
+    """A draw in [0, 1) with 53 random bits, from a hash of its coordinates. `sample`: which of the row's answers."""
+    digest = hashlib.blake2b(struct.pack("<QQQQ", seed, row_index, sample, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 @torch.inference_mode()
-def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """The next token id of each sequence, from its logits `[S, V]` (any dtype; worked on in float32)."""
+def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence], masks_SB: Bits | None = None) -> list[int]:
+    """The next token id of each sequence, from its logits `[S, V]` (any dtype; worked on in float32).
+
+    `masks_SB` has a bit for every token, the lowest first: only tokens whose bit is set can be drawn.
+    """
     logits_SV = _penalise(logits_SV.float(), sequences)
+    if masks_SB is not None:
+        logits_SV = logits_SV.masked_fill(_forbidden(masks_SB, logits_SV), -math.inf)
     tokens = logits_SV.argmax(dim=-1)
     drawn = [i for i, s in enumerate(sequences) if s.request.params.temperature > 0]
     if drawn:
         own = [sequences[i] for i in drawn]
         tokens[torch.tensor(drawn, device=tokens.device)] = _draw(logits_SV[drawn], own)
     return tokens.tolist()
+
+
+def _forbidden(masks_SB: Bits, logits_SV: torch.Tensor) -> torch.Tensor:
+    """`[S, V]` of bool: the tokens whose bit is not set, or that have no bit."""
+    vocabulary, device = logits_SV.shape[1], logits_SV.device
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(masks_SB, axis=1, count=vocabulary, bitorder="little")) == 0
+    return unpacked(torch.from_numpy(np.ascontiguousarray(masks_SB)).to(device), vocabulary) == 0
+
+
+def unpacked(masks_SB: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """`[S, V]` of 0 where a token's bit is not set, or where it has none. For devices: an eighth crosses the link."""
+    powers = 1 << torch.arange(8, device=masks_SB.device, dtype=torch.uint8)
+    bits_SV = (masks_SB[:, :, None] & powers).flatten(1)[:, :vocabulary]
+    return F.pad(bits_SV, (0, vocabulary - bits_SV.shape[1]))
 
 
 def _penalise(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
@@ -61,7 +86,7 @@ def _draw(logits_SV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     if any(p.top_k > 0 or p.top_p < 1 for p in params):
         probs_SV = _keep_top(probs_SV, params)
     cumulative_SV = probs_SV.double().cumsum(dim=-1)
-    draws = [uniform(s.request.params.seed, s.request.row_index, len(s.tokens)) for s in sequences]
+    draws = [uniform(s.request.params.seed, s.request.row_index, len(s.tokens), s.request.sample) for s in sequences]
     targets_S1 = torch.tensor(draws, dtype=torch.float64, device=logits_SV.device)[:, None] * cumulative_SV[:, -1:]
     # The first token whose cumulative probability exceeds the target; it always has probability above 0.
     return torch.searchsorted(cumulative_SV, targets_S1, right=True)[:, 0].clamp(max=logits_SV.shape[1] - 1)

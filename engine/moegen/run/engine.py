@@ -19,11 +19,13 @@ from moegen.memory.weight_home import Arithmetic, WeightHomes
 from moegen.memory.weight_stream import StreamedExperts, WeightStream
 from moegen.model.host import ModelHost
 from moegen.ops.host_memory import keep_freed_memory
+from moegen.ops.likelihood import rate_continuations, token_logprobs
 from moegen.ops.sampling import sample
 from moegen.plan.plan import Plan
-from moegen.row import Status
+from moegen.row import RowError, Status
 from moegen.run.certify import certify
 from moegen.run.forward import forward
+from moegen.run.masks import Masks
 from moegen.run.stats import PassReport, Recorder, Traffic
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import Scheduler
@@ -134,40 +136,60 @@ class Engine:
         scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens)
         texts: dict[Sequence, TextStream] = {}
         self.recorder.begin()
-        while True:
-            step = scheduler.next_step()
-            while scheduler.refused:
-                yield scheduler.refused.pop()
-            if step is None:
-                return
-            if scheduler.begun:
-                yield Begun(tuple(scheduler.begun))
-                scheduler.begun.clear()
-            yield from self._advance(step, self._next_tokens(step), texts, scheduler)
-            report = self.recorder.end_pass(step, len(scheduler.running))
-            log.debug("pass: %s", report)
-            yield report
+        with Masks() as masks:
+            while True:
+                step = scheduler.next_step()
+                while scheduler.refused:
+                    yield scheduler.refused.pop()
+                if step is None:
+                    return
+                if scheduler.begun:
+                    yield Begun(tuple(scheduler.begun))
+                    scheduler.begun.clear()
+                masks.begin(step.sampled)
+                yield from self._advance(step, self._next_tokens(step, masks), texts, scheduler, masks)
+                report = self.recorder.end_pass(step, len(scheduler.running))
+                log.debug("pass: %s", report)
+                yield report
 
-    def _next_tokens(self, step: Step) -> list[int]:
-        """One pass: the next token of every sequence that is complete so far."""
+    def _next_tokens(self, step: Step, masks: Masks) -> list[int]:
+        """One pass: the next token of every sequence that is complete so far; continuations are rated on the way."""
         tokens: list[int] = []
-        plan = self.plan
-        for logits in forward(self.host, self.pool, step, plan.attention_tokens, logit_tokens=plan.logit_tokens):
-            tokens += sample(logits, step.sampled[len(tokens) : len(tokens) + len(logits)])
+        first, plan = 0, self.plan
+        kept = torch.from_numpy(step.kept)
+        for logits in forward(
+            self.host, self.pool, step, plan.attention_tokens, logit_tokens=plan.logit_tokens, keep=kept
+        ):
+            sampled = step.sampled[first : first + len(logits)]
+            if sampled:
+                allowed = masks.take()
+                own = logits[: len(sampled)]
+                new = sample(own, sampled, None if allowed is None else allowed[first : first + len(sampled)])
+                token_logprobs(own, sampled, new)
+                tokens += new
+            if len(sampled) < len(logits):
+                rest = logits[len(sampled) :]
+                start = first + len(sampled) - len(step.sampled)
+                rate_continuations(rest, step.scored[start : start + len(rest)])
+            first += len(logits)
         return tokens
 
     def _advance(
-        self, step: Step, tokens: list[int], texts: dict[Sequence, TextStream], scheduler: Scheduler
+        self, step: Step, tokens: list[int], texts: dict[Sequence, TextStream], scheduler: Scheduler, masks: Masks
     ) -> Iterator[Finished]:
         for chunk in step.chunks:
             chunk.sequence.computed += chunk.length
+        yield from _advance_scored(step, scheduler)
         for sequence, token in zip(step.sampled, tokens, strict=True):
             if self.tokenizer is not None and sequence not in texts:
                 texts[sequence] = self.tokenizer.stream(sequence.request.params.stop)
-            reason = self._append(sequence, token, texts.get(sequence))
-            if reason is not None:
+            given_up = masks.failed(sequence)
+            reason = None if given_up else self._append(sequence, token, texts.get(sequence))
+            if given_up or reason is not None:
                 scheduler.end(sequence)
-                yield _finished(sequence, reason, texts.pop(sequence, None))
+                masks.forget(sequence)
+                text = texts.pop(sequence, None)
+                yield _given_up(sequence) if reason is None else _finished(sequence, reason, text)
 
     def _append(self, sequence: Sequence, token: int, text: TextStream | None) -> str | None:
         """Adds the token; why the answer ends with it, or None."""
@@ -203,4 +225,36 @@ def _finished(sequence: Sequence, reason: str, text: TextStream | None) -> Finis
         token_ids=tuple(sequence.answer),
         text=text.finish() if text is not None else "",
         finish_reason=reason,
+        sample=sequence.request.sample,
+        logprobs=tuple(sequence.logprobs),
+    )
+
+
+def _advance_scored(step: Step, scheduler: Scheduler) -> Iterator[Finished]:
+    """The next continuation of every sequence that has computed one, or its end."""
+    for chunk in step.chunks:
+        sequence = chunk.sequence
+        if sequence.scoring is None or not chunk.completes:
+            continue
+        tokens = sequence.scoring.next_tokens()
+        if tokens is None:
+            scheduler.end(sequence)
+            yield Finished(
+                row_index=sequence.request.row_index,
+                status=Status.OK,
+                prompt_tokens=sequence.prompt_tokens,
+                log_likelihoods=tuple(sequence.scoring.log_likelihoods),
+            )
+        else:  # it takes the place of the one before, in the same pages
+            sequence.tokens, sequence.computed = tokens, sequence.prompt_tokens
+
+
+def _given_up(sequence: Sequence) -> Finished:
+    message = "the answer became too complex for the grammar library; simplify output_schema or regex"
+    return Finished(
+        row_index=sequence.request.row_index,
+        status=Status.ERROR,
+        prompt_tokens=sequence.prompt_tokens,
+        error=RowError("grammar_failed", message, "generate"),
+        sample=sequence.request.sample,
     )

@@ -144,4 +144,4 @@ def _never_fits(request: Request, tokens: int, capacity_tokens: int) -> Finished
         "lower max_tokens or give the engine more memory"
     )
     error = RowError("kv_pool_too_small", message, "admit", retryable=True)
-    return Finished(request.row_index, Status.TOO_LONG, len(request.token_ids), error=error)
+    return Finished(request.row_index, Status.TOO_LONG, len(request.token_ids), error=error, sample=request.sample)

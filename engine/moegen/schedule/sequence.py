@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from moegen.row import RowError, Status
+from moegen.schedule.scoring import Scoring
 from moegen.spec import Sampling
+
+if TYPE_CHECKING:
+    from moegen.answer.grammar import TokenGrammar
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row that is ready to run: a prompt of at least one token, and its own parameters."""
+    """A row that is ready to run: a prompt of at least one token, and its own parameters.
+
+    With `continuations` nothing is generated: each is rated after the prompt, and `params.max_tokens` is the length of
+    the longest.
+    """
 
     row_index: int
     token_ids: tuple[int, ...]
     params: Sampling
+    grammar: TokenGrammar | None = None  # what the answer must be
+    sample: int = 0  # which of the row's answers this is: it has its own noise
+    logprobs: int | None = None  # wanted of each token: its own log-probability, and those of so many of the likeliest
+    continuations: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A generated token's log-probability by the model alone: before masks, penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens and theirs, best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +60,9 @@ class Finished:
     text: str = ""
     finish_reason: str | None = None  # "stop" or "length"
     error: RowError | None = None
+    sample: int = 0  # as in the request
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per generated token, where the request wants them
+    log_likelihoods: tuple[float, ...] = ()  # one per continuation of the request
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +74,12 @@ class Sequence:
     tokens: list[int]  # prompt and answer
     computed: int = 0  # tokens whose KV is in `pages`
     pages: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    scoring: Scoring | None = None  # of a request with continuations
+
+    def __post_init__(self) -> None:
+        if self.request.continuations:
+            self.scoring = Scoring(self.request.token_ids, self.request.continuations)
 
     @property
     def prompt_tokens(self) -> int:

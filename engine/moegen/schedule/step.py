@@ -91,6 +91,8 @@ class Step:
         token_ids, positions: `[T]`.
         decode_tokens: how many are of sequences that were already answering.
         last_tokens: `[S]`, the indices whose logits become the next token of `sampled[s]`.
+        scored: (sequence, position) of every token whose logits rate a continuation.
+        kept: `[S + len(scored)]`, the indices of `last_tokens`, then of `scored`.
     """
 
     def __init__(self, chunks: list[Chunk], page_tokens: int) -> None:
@@ -101,9 +103,24 @@ class Step:
         )
         self.positions = np.concatenate([np.arange(c.start, c.start + c.length, dtype=np.int64) for c in chunks])
         ends = np.cumsum([c.length for c in chunks])
-        self.sampled = [c.sequence for c in chunks if c.completes]
+        generating = [c.completes and c.sequence.scoring is None for c in chunks]
+        self.sampled = [c.sequence for c, samples in zip(chunks, generating, strict=True) if samples]
         self.decode_tokens = sum(c.length == 1 and c.start >= c.sequence.prompt_tokens for c in chunks)
-        self.last_tokens: Ints = np.array([e - 1 for c, e in zip(chunks, ends, strict=True) if c.completes], np.int64)
+        self.last_tokens: Ints = np.array(
+            [e - 1 for e, samples in zip(ends, generating, strict=True) if samples], np.int64
+        )
+        self.scored: list[tuple[Sequence, int]] = []
+        self.kept = self._keep_scored(ends) if any(c.sequence.scoring for c in chunks) else self.last_tokens
+
+    def _keep_scored(self, ends: Ints) -> Ints:
+        kept: list[int] = []
+        for chunk, end in zip(self.chunks, ends, strict=True):
+            if (scoring := chunk.sequence.scoring) is not None:
+                stop = chunk.start + chunk.length
+                for position in scoring.positions(chunk.start, stop):
+                    self.scored.append((chunk.sequence, position))
+                    kept.append(int(end) - stop + position)
+        return np.concatenate([self.last_tokens, np.array(kept, np.int64)])
 
     @property
     def tokens(self) -> int:

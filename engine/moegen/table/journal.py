@@ -14,11 +14,11 @@ import pyarrow as pa
 from moegen.errors import InputError, MoegenError
 from moegen.row import RowError, RowResult, Status
 from moegen.storage import join, list_names, put_create, read_bytes, remove
-from moegen.table.schema import arrow_cell, result_types
+from moegen.table.columns import Columns, columns_with
+from moegen.table.schema import arrow_cell
 
 _NAME = re.compile(r"\d{6,}-\d{6,}\.arrow")
 _FINGERPRINT_KEY = b"moegen.fingerprint"
-_SCHEMA = pa.schema([(field.name, result_types()[field.name]) for field in dataclasses.fields(RowResult)])
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,17 @@ class Journal:
         epoch: of the lease.
         fingerprint: of the work.
         rows_per_part: which rows make a part.
+        columns: of the job's results; None: those of a job of free text.
     """
 
-    def __init__(self, folder: str, epoch: int, fingerprint: str, rows_per_part: int) -> None:
+    def __init__(
+        self, folder: str, epoch: int, fingerprint: str, rows_per_part: int, columns: Columns | None = None
+    ) -> None:
         self._folder = join(folder, "journal")
         self._epoch, self._rows_per_part = epoch, rows_per_part
-        self._schema = _SCHEMA.with_metadata({_FINGERPRINT_KEY: fingerprint.encode()})
+        types = columns_with({}) if columns is None else columns
+        kept = [(item.name, types[item.name]) for item in dataclasses.fields(RowResult) if item.name in types]
+        self._schema = pa.schema(kept).with_metadata({_FINGERPRINT_KEY: fingerprint.encode()})
         self._files: dict[str, Counter[int]] = {}  # name -> part -> rows
         self._written = 0
 
@@ -120,5 +125,5 @@ class Journal:
         table.validate(full=True)
         for row in table.to_pylist():
             error = row["error"] and RowError(**row["error"])
-            token_ids = None if row["token_ids"] is None else tuple(row["token_ids"])
-            yield RowResult(**{**row, "status": Status(row["status"]), "error": error, "token_ids": token_ids})
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+            yield RowResult(**{**values, "status": Status(row["status"]), "error": error})

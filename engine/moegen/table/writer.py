@@ -12,6 +12,7 @@ import moegen
 from moegen.errors import MoegenError
 from moegen.row import RowResult
 from moegen.spec import Output
+from moegen.table.columns import Columns
 from moegen.table.folder import OutputFolder
 from moegen.table.lease import Lease
 from moegen.table.manifest import Manifest, write_manifest
@@ -62,11 +63,11 @@ class _OpenPart:
     def results(self) -> list[RowResult]:
         return [self._results[row] for row in self.rows]
 
-    def table(self, output: Output) -> pa.Table:
+    def table(self, output: Output, columns: Columns | None) -> pa.Table:
         """The part's rows in input order; the part must be complete."""
         pieces = sorted(self._pieces, key=lambda piece: piece.first_row)
         files = [piece.file for piece in pieces for _ in range(piece.rows)]
-        return to_table(pa.concat_tables(piece.carried for piece in pieces), files, self.results, output)
+        return to_table(pa.concat_tables(piece.carried for piece in pieces), files, self.results, output, columns)
 
 
 class TableWriter:
@@ -93,9 +94,10 @@ class TableWriter:
         fingerprint: str,
         job_key: str,
         lease: Lease | None = None,
+        columns: Columns | None = None,
     ) -> None:
-        self.schema = output_schema(input_schema, spec)
-        self._input_schema, self._lease = input_schema, lease
+        self.schema = output_schema(input_schema, spec, columns)
+        self._input_schema, self._lease, self._columns = input_schema, lease, columns
         self._folder = OutputFolder(spec, total_rows, fingerprint, job_key)
         if spec.mode == "create":
             self._folder.check_parts()
@@ -151,7 +153,7 @@ class TableWriter:
             raise _not_awaited(result)
         if not part.add(result):
             return None
-        table, totals = part.table(self._folder.spec), Totals.of(part.results)
+        table, totals = part.table(self._folder.spec, self._columns), Totals.of(part.results)
         self._check_lease()
         self._stored[index] = self._folder.commit(index, table, totals)
         del self._open[index]
@@ -182,7 +184,7 @@ class TableWriter:
         """
         self._check_lease()
         if self._folder.rows == 0 and not self._stored:
-            empty = to_table(pa.Table.from_batches([], self._input_schema), [], [], self._folder.spec)
+            empty = to_table(pa.Table.from_batches([], self._input_schema), [], [], self._folder.spec, self._columns)
             self._stored[0] = self._folder.commit(0, empty, Totals())
         totals = self.totals
         if totals.rows != self._folder.rows:

@@ -1,0 +1,265 @@
+"""What answers of a given form cost: constrained beside free decoding, in one run, and how many are valid.
+
+A model of random weights, a tokenizer with a real vocabulary (byte-level BPE, trained on Python's own sources) and
+three schemas: enum fields, a nested object with an array, a union. Each turn answers all rows of one schema, sampled:
+once bound to the schema, and once free with exactly as many tokens per row as the bound answers had. Turns alternate,
+and what is compared are medians of generated tokens per second. Whether an answer is valid is said by the library
+`jsonschema`, not by the one that made the masks.
+
+    python -m benchmarks.structured [--rows 2000] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import llguidance
+import numpy as np
+import torch
+from moegen.answer.form import Form
+from moegen.plan.machine import Machine
+from moegen.plan.search import choose_plan
+from moegen.plan.workload import Workload
+from moegen.row import Status
+from moegen.run.engine import Engine
+from moegen.schedule.sequence import Finished, Request
+from moegen.shape import ModelShape
+from moegen.spec import Engine as EngineSpec
+from moegen.spec import JobSpec, Sampling
+from moegen.text import Tokenizer
+
+VOCABULARY = 32_000
+GEOMETRY = {
+    "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+    "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 384, "intermediate_size": 384,
+    "norm_topk_prob": True, "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+    "bos_token_id": None, "eos_token_id": VOCABULARY - 1,
+}  # fmt: skip
+_TEXT = {"type": "string", "maxLength": 40}  # a model of random weights ends no string of its own accord
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "enum fields": {
+        "type": "object",
+        "properties": {
+            "topic": {"enum": ["billing", "delivery", "account", "other"]},
+            "urgency": {"enum": ["low", "normal", "high"]},
+            "sentiment": {"enum": ["negative", "neutral", "positive"]},
+            "refund": {"type": "boolean"},
+        },
+        "required": ["topic", "urgency", "sentiment", "refund"],
+        "additionalProperties": False,
+    },
+    "nested object with an array": {
+        "type": "object",
+        "properties": {
+            "customer": {
+                "type": "object",
+                "properties": {"name": _TEXT, "orders": {"type": "integer", "minimum": 0, "maximum": 9999}},
+                "required": ["name", "orders"],
+                "additionalProperties": False,
+            },
+            "items": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "sku": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"},
+                        "damaged": {"type": "boolean"},
+                    },
+                    "required": ["sku", "damaged"],
+                    "additionalProperties": False,
+                },
+                "maxItems": 4,
+            },
+        },
+        "required": ["customer", "items"],
+        "additionalProperties": False,
+    },
+    "union": {
+        "anyOf": [
+            {"type": "object", "properties": {"answer": _TEXT}, "required": ["answer"], "additionalProperties": False},
+            {
+                "type": "object",
+                "properties": {"refused": {"const": True}, "reason": {"enum": ["policy", "unclear"]}},
+                "required": ["refused", "reason"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+}
+MAX_TOKENS = 160
+
+
+@dataclass(frozen=True)
+class Turn:
+    """All rows of one schema, once."""
+
+    seconds: float
+    tokens: int
+    rows: dict[int, Finished]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated, end tokens included."""
+        return self.tokens / self.seconds
+
+
+def save_checkpoint(folder: Path) -> None:
+    from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**GEOMETRY))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
+    model.generation_config = GenerationConfig(eos_token_id=VOCABULARY - 1)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Trained(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 1, initial_alphabet=alphabet, show_progress=False)
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))
+    tokenizer.train_from_iterator((path.read_text(errors="ignore") for path in sources), trainer)
+    missing = VOCABULARY - 1 - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([f"unused{i}" for i in range(missing)])
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def requests(rows: int, seed: int) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(4.0, 0.6, rows), 4, 300).astype(int)
+    return [
+        Request(row, tuple(rng.integers(0, VOCABULARY - 1, length).tolist()),
+                Sampling(max_tokens=MAX_TOKENS, temperature=1.0, seed=1))
+        for row, length in enumerate(lengths)
+    ]  # fmt: skip
+
+
+def take(engine: Engine, asked: Sequence[Request]) -> Turn:
+    started = time.perf_counter()
+    rows = {item.row_index: item for item in engine.generate(asked) if isinstance(item, Finished)}
+    seconds = time.perf_counter() - started
+    return Turn(seconds, sum(len(row.token_ids) for row in rows.values()), rows)
+
+
+def form_of(schema: dict[str, Any], tokenizer: Tokenizer) -> Form:
+    unused = {"input": {"uri": "-"}, "prompt": {"column": "-"}, "model": {"uri": "-"}, "output": {"uri": "none"}}
+    form = Form.of(JobSpec.from_mapping({**unused, "sampling": {"max_tokens": 1}, "output_schema": schema}), tokenizer)
+    assert form is not None
+    return form
+
+
+def judged(schema: dict[str, Any], form: Form, rows: dict[int, Finished]) -> dict[str, int]:
+    """How many rows are valid, honestly cut, or (this must be none) neither."""
+    counts = Counter({"valid": 0, "length": 0, "invalid": 0})
+    for row in rows.values():
+        if row.status is Status.LENGTH:
+            counts["length"] += 1
+            continue
+        try:
+            jsonschema.validate(json.loads(row.text), schema)
+            form.value(row.text)
+        except (ValueError, jsonschema.ValidationError):
+            counts["invalid"] += 1
+        else:
+            counts["valid"] += 1
+    return dict(counts)
+
+
+def compare(engine: Engine, name: str, asked: Sequence[Request], rounds: int) -> dict[str, Any]:
+    """Bound and free turns, alternating."""
+    schema, tokenizer = SCHEMAS[name], engine.tokenizer
+    assert tokenizer is not None
+    compiling = time.perf_counter()
+    form = form_of(schema, tokenizer)
+    compile_s = time.perf_counter() - compiling
+    bound_requests = [replace(request, grammar=form.grammar) for request in asked]
+    take(engine, bound_requests[:8])
+    bound, free = [take(engine, bound_requests)], []
+    free_requests = [
+        replace(request, params=replace(request.params, max_tokens=len(bound[0].rows[request.row_index].token_ids),
+                                        ignore_eos=True))
+        for request in asked
+    ]  # fmt: skip
+    for number in range(rounds):
+        free.append(take(engine, free_requests))
+        if number + 1 < rounds:
+            bound.append(take(engine, bound_requests))
+    assert all(turn.rows == bound[0].rows for turn in bound), "the same rows, but other answers"
+    assert all(turn.tokens == bound[0].tokens for turn in free)
+    rates = {way: [turn.tokens_per_s for turn in turns] for way, turns in (("bound", bound), ("free", free))}
+    ratio = statistics.median(rates["bound"]) / statistics.median(rates["free"])
+    found = {
+        "rows": len(asked),
+        **judged(schema, form, bound[0].rows),
+        "tokens": bound[0].tokens,
+        "compile_s": compile_s,
+        "tokens_per_s": rates,
+        "ratio": ratio,
+    }
+    print(f"{name:30s} {found['valid']} valid, {found['length']} cut, {found['invalid']} invalid; "
+          f"bound / free = {ratio:.3f} ({rates})", flush=True)  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2000, help="over the three schemas")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--checkpoint", type=Path, help="one that an earlier run left in this folder, or a new one there"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "structured.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="moegen-bench-") as folder:
+        checkpoint = args.checkpoint or Path(folder)
+        if not (checkpoint / "tokenizer.json").exists():
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(checkpoint)
+        machine = Machine.detect("cpu")
+        rows = [len(range(i, args.rows, len(SCHEMAS))) for i in range(len(SCHEMAS))]
+        plan = choose_plan(
+            ModelShape.read(str(checkpoint)), machine, EngineSpec(device="cpu"), "auto",
+            Workload.of(rows[0], (60,), (40, MAX_TOKENS)),
+        )  # fmt: skip
+        results: dict[str, Any] = {
+            "machine": {"cpu": machine.device_name, "cores": machine.cores},
+            "versions": {"torch": torch.__version__, "llguidance": llguidance.__version__},
+            "vocabulary": VOCABULARY,
+            "plan": {
+                k: v for k, v in asdict(plan).items() if k in ("threads", "pass_tokens", "kv_pages", "page_tokens")
+            },
+            "schemas": {},
+        }
+        with Engine.open(str(checkpoint), plan, tokenizer=Tokenizer(checkpoint)) as engine:
+            for (name, count), seed in zip(zip(SCHEMAS, rows, strict=True), range(len(SCHEMAS)), strict=True):
+                results["schemas"][name] = compare(engine, name, requests(count, seed), args.rounds)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
