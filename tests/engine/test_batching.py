@@ -193,9 +193,9 @@ def test_pages_are_all_free_at_the_end(checkpoint: Path, tokenizer: Tokenizer, m
     ledgers = []
     init = Scheduler.__init__
 
-    def keep(self, requests, ledger, pass_tokens):  # type: ignore[no-untyped-def]
+    def keep(self, requests, ledger, *sizes):  # type: ignore[no-untyped-def]
         ledgers.append(ledger)
-        init(self, requests, ledger, pass_tokens)
+        init(self, requests, ledger, *sizes)
 
     monkeypatch.setattr(Scheduler, "__init__", keep)
     _run(checkpoint, tokenizer, _requests(greedy=False), **SIZES[3])

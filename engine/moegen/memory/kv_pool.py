@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moegen.memory.huge_pages import empty_in_huge_pages
+from moegen.ops.hosted_attention import HostedAttention
 from moegen.ops.kv_pages import LayerPages
 
 
@@ -28,31 +27,23 @@ class KVShape:
 
 
 class KVPool:
-    """Pages of every layer, under whatever names the layer. A page id means the same tokens in each of them."""
+    """Pages of every layer, under whatever names the layer. A page id means the same tokens in each of them.
+
+    Attributes:
+        hosted: how the device that computes reaches the pages, where they are on the host and it is not; else None.
+    """
 
     def __init__(
-        self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device,
+        hosted: HostedAttention | None = None,
+    ) -> None:  # fmt: skip
+        """`device` has the pages: the host, if `hosted` is given."""
+        self.hosted = hosted
         self.layers = {
             layer: LayerPages(
-                _pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device),
-                _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device),
+                empty_in_huge_pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device),
+                empty_in_huge_pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device),
             )
             for layer, shape in shapes.items()
         }
         self.bytes_per_token = sum(shape.elements_per_token for shape in shapes.values()) * dtype.itemsize
-
-
-def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Not zeroed: only what was written is ever read, and untouched pages cost the host no memory.
-
-    On a Linux host in huge pages of the operating system, where it has them: a sequence's pages lie anywhere, and with
-    small ones attention waits for address translation at each of them.
-    """
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    elements = math.prod(shape)
-    memory = mmap.mmap(-1, max(elements * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=elements).view(shape)

@@ -17,6 +17,7 @@ import torch
 
 from moegen.errors import BudgetError
 from moegen.memory.direct_read import DirectFiles, ReadBuffer
+from moegen.memory.huge_pages import empty_in_huge_pages
 from moegen.memory.read_request import ReadRequest
 from moegen.memory.stored_experts import ExpertSource, StoredProjection
 from moegen.ops.expert_weights import ExpertGroup, PlainMatrix, expert_matrix
@@ -110,7 +111,7 @@ class WeightHomes:
         """Empty groups in one allocation, registered once: pinning each tensor would round it to a power of two."""
         sources = [self.sources[piece.layer] for piece in pieces]
         sizes = [p.experts * s.expert_elements for p, s in zip(pieces, sources, strict=True)]
-        memory = torch.empty(sum(sizes), dtype=self.arithmetic.dtype)
+        memory = empty_in_huge_pages([sum(sizes)], self.arithmetic.dtype, torch.device("cpu"))
         if pieces and self.arithmetic.device.type == "cuda":
             self._pins.enter_context(pinned(memory))
         for piece, source, part in zip(pieces, sources, memory.split(sizes), strict=True):
