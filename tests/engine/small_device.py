@@ -24,7 +24,9 @@ class SmallDevice(TorchDispatchMode):
         given = {_memory(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for made in tree_flatten(result)[0]:
-            if isinstance(made, torch.Tensor) and made.nbytes > self.most_bytes and _memory(made) not in given:
+            if not isinstance(made, torch.Tensor) or made.is_meta:
+                continue
+            if made.nbytes > self.most_bytes and _memory(made) not in given:
                 self.refusals += 1
                 raise torch.OutOfMemoryError(f"Tried to allocate {made.nbytes} bytes in {func}")
         return result

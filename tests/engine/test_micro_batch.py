@@ -106,6 +106,11 @@ def test_not_even_one_token(checkpoint: Path) -> None:
         run(engine, [Request(0, (1,), Sampling(max_tokens=1))])
 
 
+def test_a_model_that_finds_no_room_says_so(checkpoint: Path) -> None:
+    with SmallDevice(60_000), pytest.raises(BudgetError, match=r"engine\.device_memory: .* Tried to allocate"):
+        opened(checkpoint)  # the experts of a layer have 98,304 bytes
+
+
 def test_other_errors_pass() -> None:
     def work(most: int) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -22,6 +22,9 @@ from moegen.schedule.step import AttentionBatch, Span
 
 # The fp32 score matrix of one sequence is cut by query rows so that it stays near this size.
 _SCORE_ELEMENTS = 1 << 24
+# The query heads of a group share keys and values by a stride of 0, which torch's own kernels read; what cuDNN's, which
+# some GPUs prefer, make of it is not known.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,7 @@ class Engine:
             UnsupportedModel: the engine cannot keep this model exact; names the layer type.
             CheckpointError: tensors are missing, damaged or of another shape.
             StorageError: the disk or a file fails.
+            BudgetError: the device has no room for what the plan puts there.
         """
         started = time.monotonic()
         torch.set_num_threads(plan.threads)
@@ -91,7 +92,7 @@ class Engine:
         """As `open`, of a local checkpoint whose family is known to be exact."""
         device, compute_dtype = torch.device(plan.device), getattr(torch, plan.compute_dtype)
         expert_dtype, readers = getattr(torch, plan.expert_dtype), max(plan.reader_threads, 1)
-        with ExitStack() as stack:
+        with _loading(), ExitStack() as stack:
             if plan.device_memory.budget:
                 limit_allocations(device, plan.device_memory.budget)
             checkpoint = stack.enter_context(Checkpoint(folder))
@@ -185,6 +186,18 @@ class Engine:
         if text is not None and text.push(token):
             return "stop"
         return "length" if len(sequence.tokens) - sequence.prompt_tokens == params.max_tokens else None
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise BudgetError(
+            f"engine.device_memory: the device has no room for the model and its pages ({reason}); lower it by what "
+            "else is on the device"
+        ) from error
 
 
 def _pool(host: ModelHost, plan: Plan, link: Link) -> KVPool:
