@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Two workers: most of the time goes into waiting for services and Airflow to start. A file stays with one worker.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: install demo test check bench lock clean
+.PHONY: install demo test check bench bench-gpu lock clean
 
 install: $(STAMP)
 
@@ -36,6 +36,11 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/throughput.py
+
+# On a machine with a GPU, which may have no network: with what is installed there, and nothing that is not needed.
+# BENCH_GPU_ARGS are its arguments, e.g. "--stages equal probe --out FOLDER".
+bench-gpu:
+	PYTHONPATH=engine:. $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(BENCH_GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) demo/run build *.egg-info engine/*.egg-info

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moegen.ops.host_memory import host_zeros
+from moegen.ops.hosted_attention import HostedAttention
 from moegen.ops.kv_pages import LayerPages
 
 
@@ -26,11 +27,18 @@ class KVShape:
 
 
 class KVPool:
-    """Pages of every layer, under whatever names the layer. A page id means the same tokens in each of them."""
+    """Pages of every layer, under whatever names the layer. A page id means the same tokens in each of them.
+
+    Attributes:
+        hosted: how the device that computes reaches the pages, where they are on the host and it is not; else None.
+    """
 
     def __init__(
-        self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device,
+        hosted: HostedAttention | None = None,
+    ) -> None:  # fmt: skip
+        """`device` has the pages: the host, if `hosted` is given."""
+        self.hosted = hosted
         self.layers = {
             layer: LayerPages(
                 _pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device),

@@ -20,6 +20,7 @@ from moegen.memory.direct_read import DirectFiles, ReadBuffer
 from moegen.memory.read_request import ReadRequest
 from moegen.memory.stored_experts import ExpertSource, StoredProjection
 from moegen.ops.expert_weights import ExpertGroup, PlainMatrix, expert_matrix
+from moegen.ops.host_memory import host_zeros
 from moegen.units import format_bytes
 
 
@@ -110,7 +111,7 @@ class WeightHomes:
         """Empty groups in one allocation, registered once: pinning each tensor would round it to a power of two."""
         sources = [self.sources[piece.layer] for piece in pieces]
         sizes = [p.experts * s.expert_elements for p, s in zip(pieces, sources, strict=True)]
-        memory = torch.empty(sum(sizes), dtype=self.arithmetic.dtype)
+        memory = host_zeros((sum(sizes),), self.arithmetic.dtype)
         if pieces and self.arithmetic.device.type == "cuda":
             self._pins.enter_context(pinned(memory))
         for piece, source, part in zip(pieces, sources, memory.split(sizes), strict=True):

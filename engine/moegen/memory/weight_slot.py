@@ -15,7 +15,7 @@ from moegen.memory.weight_home import Piece, pinned
 from moegen.ops.expert_weights import ExpertGroup, ExpertMatrix, PlainMatrix
 from moegen.units import MIB
 
-_COPY_BYTES = 16 * MIB  # of one copy from the host's slab, at least
+_COPY_BYTES = 64 * MIB  # of one copy from the host's slab, about: a millisecond, so that asking for it costs nothing
 
 
 class Work(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from moegen.model.seams import ExpertStage, Observer, PassContext, Unobserved
 from moegen.model.stages import StagedLayer, has_plain_parts
 from moegen.ops.attention import AttentionRule
 from moegen.ops.expert_weights import ExpertSupply, resident_experts
+from moegen.ops.micro_batch import MicroBatch
 from moegen.schedule.step import AttentionBatch
 
 
@@ -47,11 +48,11 @@ class ModelHost:
         """
         self.model = model.eval().requires_grad_(False)
         self.observer = observer or Unobserved()
-        stored = stored_dtype or model.dtype
+        stored, experts_at_once = stored_dtype or model.dtype, MicroBatch(expert_tokens, "expert")
         for name, module in list(model.named_modules()):
             if is_experts(module):
                 supply = resident_experts(module, stored) if supplies is None else supplies[name]
-                module.moegen = ExpertStage(name, supply, expert_tokens, self.observer)
+                module.moegen = ExpertStage(name, supply, experts_at_once, self.observer)
         if model.device.type == "cpu" and model.dtype == torch.float32:
             panel_linears(model, stored)
         if staged:
@@ -128,8 +129,11 @@ class _Trace:
     def __init__(self) -> None:
         self.shapes: dict[nn.Module, KVShape] = {}
         zero = np.zeros(1, np.int64)
-        self.batches = (AttentionBatch(0, 1, (), zero, zero),)
+        self._batches = (AttentionBatch(0, 1, (), zero, zero),)
         self.tokens = 1
+
+    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], torch.Tensor]) -> torch.Tensor:
+        return work(self._batches)
 
     def within(self, batch: AttentionBatch) -> _Trace:
         return self

@@ -7,7 +7,7 @@ to the attention function. Any argument that the engine does not know is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -21,6 +21,7 @@ from moegen.errors import UnsupportedModel
 from moegen.ops.attention import AttentionRule
 from moegen.ops.expert_weights import ExpertGroup, ExpertSupply
 from moegen.ops.experts import grouped_experts
+from moegen.ops.micro_batch import MicroBatch
 from moegen.schedule.step import AttentionBatch
 
 _NAME = "moegen"
@@ -37,9 +38,11 @@ _HARMLESS = frozenset(
 class PassContext(Protocol):
     """What a pass gives to its layers."""
 
-    @property
-    def batches(self) -> tuple[AttentionBatch, ...]:
-        """The attention micro-batches, in the order in which they must run."""
+    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], torch.Tensor]) -> torch.Tensor:
+        """`work` over the attention micro-batches, in the order in which they must run.
+
+        Again, from the first on, over smaller ones where the device has no room: `work` can begin anew.
+        """
         ...
 
     @property
@@ -120,7 +123,7 @@ class ExpertStage:
 
     layer: str  # the module's name in the model
     supply: ExpertSupply
-    expert_tokens: int
+    expert_tokens: MicroBatch
     observer: Observer
 
     def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:

@@ -9,12 +9,14 @@ attributes: `moegen.model.certify` compares the staged model with transformers' 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from moegen.model.seams import PassContext
+from moegen.schedule.step import AttentionBatch
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -40,8 +42,15 @@ class StagedLayer(nn.Module):
 
     def forward(self, hidden_1TD: torch.Tensor, *, moegen: PassContext, **kwargs: Any) -> torch.Tensor:
         layer: Any = self.layer
+        after_1TD = moegen.in_batches(lambda batches: self._attend(hidden_1TD, batches, moegen, kwargs))
+        return after_1TD + _first(layer.mlp(layer.post_attention_layernorm(after_1TD)))
+
+    def _attend(
+        self, hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        layer: Any = self.layer
         after_1TD = torch.empty_like(hidden_1TD)
-        for batch in moegen.batches:
+        for batch in batches:
             own = slice(batch.first, batch.first + batch.length)
             x_1tD = hidden_1TD[:, own]
             narrowed = {name: _narrow(value, own, moegen.tokens) for name, value in kwargs.items()}
@@ -49,7 +58,7 @@ class StagedLayer(nn.Module):
                 hidden_states=layer.input_layernorm(x_1tD), moegen=moegen.within(batch), **narrowed
             )
             after_1TD[:, own] = x_1tD + _first(attended)
-        return after_1TD + _first(layer.mlp(layer.post_attention_layernorm(after_1TD)))
+        return after_1TD
 
 
 def _first(output: Any) -> torch.Tensor:

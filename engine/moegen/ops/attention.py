@@ -2,8 +2,10 @@
 
 Shape suffixes: T tokens of the batch, H query heads, G KV heads, R = H / G query heads per KV head, L keys, D head dim.
 
-`paged_attention` is the one entry. On a CPU, decode spans (one query) go to a compiled kernel that reads the pages in
-place; everything else gathers a sequence's pages and uses torch. The torch way alone is the oracle of the kernel.
+`paged_attention` is the one entry where pages and queries are in the same memory (`moegen.ops.hosted_attention` is that
+where they are not). On a CPU, decode spans (one query) go to a compiled kernel that reads the pages in place; on other
+devices they are gathered and attended many at once; everything else gathers a sequence's pages and uses torch. The
+torch way, sequence by sequence, is the oracle of the others.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from moegen.ops.decode_kernel import decode_attention, kernel_reads
+from moegen.ops.gathered_decode import gathered_decode
 from moegen.ops.kv_pages import LayerPages
 from moegen.schedule.step import AttentionBatch, Span
 
 # The fp32 score matrix of one sequence is cut by query rows so that it stays near this size.
 _SCORE_ELEMENTS = 1 << 24
+# The query heads of a group share keys and values by a stride of 0, which torch's own kernels read; what cuDNN's, which
+# some GPUs prefer, make of it is not known.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +53,29 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`."""
     out_THD = query_THD.new_empty(*query_THD.shape[:2], pages.values_PGCD.shape[-1])
-    rest = batch.spans
-    if use_kernel and kernel_reads(query_THD, pages.keys_PGCD):
-        rest = batch.prefill
-        if len(batch.decode.rows):
-            decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, batch.decode, rule, out_THD)
+    reads = kernel_reads(query_THD, pages.keys_PGCD)
+    rest = batch.prefill if use_kernel and (reads or query_THD.device.type != "cpu") else batch.spans
     for span in rest:
         own = slice(span.first, span.first + span.length)
-        out_THD[own] = _span_attention(query_THD[own], pages, span, rule)
+        first = rule.first_key(span.kv_length - span.length, pages.page_tokens)
+        keys_GLD, values_GLD = pages.gather(span, first)
+        out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, rule)
+    if rest is batch.spans or not len(batch.decode.rows):
+        return out_THD
+    if reads:
+        decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, batch.decode, rule, out_THD)
+    else:
+        page_bytes = pages.keys_PGCD[0].nbytes + pages.values_PGCD[0].nbytes
+        gathered_decode(query_THD, pages.rows, page_bytes, pages.page_tokens, batch.decode, rule, out_THD)
     return out_THD
 
 
-def _span_attention(query_THD: torch.Tensor, pages: LayerPages, span: Span, rule: AttentionRule) -> torch.Tensor:
+def span_attention(
+    query_THD: torch.Tensor, keys_GLD: torch.Tensor, values_GLD: torch.Tensor, first: int, span: Span,
+    rule: AttentionRule,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of one span over its sequence's keys from token `first` to the span's last -> `[T, H, value_dim]`."""
     position = span.kv_length - span.length  # of the span's first query
-    first = rule.first_key(position, pages.page_tokens)
-    keys_GLD, values_GLD = pages.gather(span, first)
     keys_GLD, values_GLD = keys_GLD.to(query_THD), values_GLD.to(query_THD)
     plain = rule.sinks_H is None and rule.softcap is None
     if plain and span.length == span.kv_length and (rule.sliding_window or span.length) >= span.length:

@@ -46,7 +46,7 @@ from moegen.schedule.step import DecodeSpans, Ints
 if TYPE_CHECKING:
     from moegen.ops.attention import AttentionRule
 
-_KV_DTYPES = (torch.float32, torch.bfloat16)
+KV_DTYPES = (torch.float32, torch.bfloat16)  # of the pages that the kernel reads
 _PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
 _FLOAT = 4  # bytes
 
@@ -93,7 +93,7 @@ class _State(NamedTuple):
 
 def kernel_reads(query: torch.Tensor, keys: torch.Tensor) -> bool:
     """Whether the kernel can serve these tensors; otherwise the torch way does."""
-    return query.device.type == "cpu" and keys.device.type == "cpu" and keys.dtype in _KV_DTYPES
+    return query.device.type == "cpu" and keys.device.type == "cpu" and keys.dtype in KV_DTYPES
 
 
 def decode_attention(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.schedule.step import AttentionBatch, Span
+from moegen.schedule.step import AttentionBatch, Ints, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,11 @@ class LayerPages:
         slots = torch.from_numpy(batch.write_slots).to(self.keys_PGCD.device)
         self.keys_PGCD[pages, :, slots] = keys_TGD.to(self.keys_PGCD)
         self.values_PGCD[pages, :, slots] = values_TGD.to(self.values_PGCD)
+
+    def rows(self, ids_N: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of whole pages, `[N, G, C, D]` each."""
+        ids = torch.from_numpy(ids_N).to(self.keys_PGCD.device)
+        return self.keys_PGCD.index_select(0, ids), self.values_PGCD.index_select(0, ids)
 
     def gather(self, span: Span, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a sequence from token `first` (a page's first) to the span's last, each `[G, L, D]`."""

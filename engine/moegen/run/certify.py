@@ -21,6 +21,8 @@ from moegen.memory.kv_pool import KVPool
 from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
 from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
+from moegen.ops.hosted_attention import HostedAttention
+from moegen.ops.link import Link
 from moegen.run.forward import forward
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import Scheduler
@@ -46,8 +48,7 @@ def certify(config: PreTrainedConfig) -> Way:
     _require_fixed_rotary(full, family)
     mixers = ", ".join(_mixer_names(full))
     try:
-        tiny = tiny_config(config, layers_of_every_kind(decoder_layers(full)))
-        reference = _random_model(tiny)
+        reference = tiny_reference(config, full)
     except Exception as error:
         raise UnsupportedModel(
             f"{family}: layers of type {mixers} cannot be proven exact: no tiny model of them can be built "
@@ -56,7 +57,7 @@ def certify(config: PreTrainedConfig) -> Way:
     reasons: dict[Way, str] = {}
     for way in _WAYS:
         try:
-            difference = _difference(_engine_model(tiny, reference, staged=way == "staged"), reference)
+            difference = logit_difference(engine_model(reference, staged=way == "staged"), reference)
         except _StateBesideAttention as error:
             raise UnsupportedModel(f"{family}: {error}") from error
         except UnsupportedModel as error:
@@ -73,6 +74,15 @@ def certify(config: PreTrainedConfig) -> Way:
 
 class _StateBesideAttention(Exception):
     """A decoder layer that does not mix tokens through the attention seam."""
+
+
+def tiny_reference(config: PreTrainedConfig, full: PreTrainedModel | None = None) -> PreTrainedModel:
+    """A tiny model with every feature of `config`, of random float32 weights, in transformers' own code.
+
+    `full` is the model of `config` on the meta device, for whoever has it.
+    """
+    layers = decoder_layers(_full_model(config) if full is None else full)
+    return _random_model(tiny_config(config, layers_of_every_kind(layers)))
 
 
 def _full_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -147,22 +157,29 @@ def _expected_logits(model: PreTrainedModel) -> list[torch.Tensor]:
     ]
 
 
-def _engine_model(config: PreTrainedConfig, reference: PreTrainedModel, *, staged: bool) -> ModelHost:
-    own = copy.deepcopy(config)  # from_config writes the seams' names into it, and the reference must not see them
-    model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, **SEAMS)
+def engine_model(
+    reference: PreTrainedModel, *, staged: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> ModelHost:
+    """The reference's weights in the engine's hands."""
+    own = copy.deepcopy(reference.config)  # from_config writes the seams' names into it: not into the reference's
+    model = AutoModelForCausalLM.from_config(own, dtype=dtype, **SEAMS)
     model.load_state_dict(reference.state_dict())
-    return ModelHost(model, staged=staged, expert_tokens=_EXPERT_TOKENS)
+    return ModelHost(model.to(device), staged=staged, expert_tokens=_EXPERT_TOKENS)
 
 
-def _difference(host: ModelHost, reference: PreTrainedModel) -> float:
+def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float | None = None) -> float:
     """The largest difference between the reference's logits and those of the engine's passes, relative to the largest.
+
+    `on_host`: keys and values live on the host, whose cores attend this share of them; None: where the model is.
 
     Raises:
         _StateBesideAttention: a layer keeps something that is not in the pool.
     """
     _require_attention_everywhere(host)
     expected = _expected_logits(reference)
-    pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, torch.float32, torch.device("cpu"))
+    hosted = None if on_host is None else HostedAttention(Link(host.device), on_host)
+    home = host.device if hosted is None else torch.device("cpu")
+    pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, host.model.dtype, home, hosted)
     sequences = _probe_sequences(expected[0].shape[-1])
     requests = (
         Request(row, tuple(tokens[:prompt]), Sampling(max_tokens=len(tokens) - prompt + 1))
@@ -174,7 +191,7 @@ def _difference(host: ModelHost, reference: PreTrainedModel) -> float:
         pieces = forward(
             host, pool, step, _ATTENTION_TOKENS, logit_tokens=_LOGIT_TOKENS, keep=torch.arange(step.tokens)
         )
-        logits = torch.cat(list(pieces))
+        logits = torch.cat(list(pieces)).float().cpu()
         first = 0
         for chunk in step.chunks:
             wanted = expected[chunk.sequence.request.row_index][chunk.start : chunk.start + chunk.length]

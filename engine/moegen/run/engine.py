@@ -5,21 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from moegen.errors import BudgetError, SpecError
+from moegen.errors import BudgetError
 from moegen.memory.checkpoint import Checkpoint, local_checkpoint
+from moegen.memory.device_limit import limit_allocations
 from moegen.memory.kv_pool import KVPool
 from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Arithmetic, WeightHomes
 from moegen.memory.weight_stream import StreamedExperts, WeightStream
 from moegen.model.host import ModelHost
 from moegen.ops.host_memory import keep_freed_memory
+from moegen.ops.hosted_attention import HostedAttention
 from moegen.ops.likelihood import rate_continuations, token_logprobs
+from moegen.ops.link import Link
+from moegen.ops.micro_batch import MicroBatch
 from moegen.ops.sampling import sample
 from moegen.plan.plan import Plan
 from moegen.row import RowError, Status
@@ -28,7 +32,7 @@ from moegen.run.forward import forward
 from moegen.run.masks import Masks
 from moegen.run.stats import PassReport, Recorder, Traffic
 from moegen.schedule.pages import PageLedger
-from moegen.schedule.scheduler import Scheduler
+from moegen.schedule.scheduler import WINDOW_ROWS, Scheduler
 from moegen.schedule.sequence import Begun, Finished, Request, Sequence
 from moegen.schedule.step import Step
 from moegen.shape import read_config
@@ -49,15 +53,19 @@ class Engine:
         tokenizer: Tokenizer | None,
         recorder: Recorder | None = None,
         borrowed: ExitStack | None = None,
+        link: Link | None = None,
     ) -> None:
-        """`recorder` is the host's observer, if it has one; `borrowed` is closed with the engine."""
+        """`recorder` is the host's observer, if it has one; `borrowed` is closed with the engine.
+
+        `link` is used where a GPU's KV pages are on the host; None: one of the engine's own.
+        """
         self.plan = plan
         self.tokenizer = tokenizer
         self.host = host
         self.recorder = recorder or Recorder()
         self._borrowed = borrowed or ExitStack()
-        dtype = getattr(torch, plan.kv_dtype)
-        self.pool = KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, host.device)
+        self._attention = MicroBatch(plan.attention_tokens, "attention")
+        self.pool = _pool(host, plan, link or Link(host.device))
 
     @classmethod
     def open(cls, model_uri: str, plan: Plan, *, tokenizer: Tokenizer | None) -> Engine:
@@ -70,6 +78,7 @@ class Engine:
             UnsupportedModel: the engine cannot keep this model exact; names the layer type.
             CheckpointError: tensors are missing, damaged or of another shape.
             StorageError: the disk or a file fails.
+            BudgetError: the device has no room for what the plan puts there.
         """
         started = time.monotonic()
         torch.set_num_threads(plan.threads)
@@ -87,7 +96,9 @@ class Engine:
         """As `open`, of a local checkpoint whose family is known to be exact."""
         device, compute_dtype = torch.device(plan.device), getattr(torch, plan.compute_dtype)
         expert_dtype, readers = getattr(torch, plan.expert_dtype), max(plan.reader_threads, 1)
-        with ExitStack() as stack:
+        with _loading(), ExitStack() as stack:
+            if plan.device_memory.budget:
+                limit_allocations(device, plan.device_memory.budget)
             checkpoint = stack.enter_context(Checkpoint(folder))
             model, sources = checkpoint.load_dense(compute_dtype, device)
             _require_executable(plan, sources)
@@ -106,7 +117,8 @@ class Engine:
             stream = WeightStream(homes, checkpoint.files, slots=slots, depth=depth, readers=readers)
             stack.enter_context(stream)
             reading = readers if depth else 1  # without depth, the thread that computes reads
-            recorder = Recorder(lambda: Traffic.of(stream.figures, reading, plan.device))
+            link = Link(device)
+            recorder = Recorder(lambda: Traffic.of(stream.figures, reading, plan.device, link.bytes_to_device))
             host = ModelHost(
                 model,
                 staged=staged,
@@ -115,7 +127,7 @@ class Engine:
                 stored_dtype=expert_dtype,
                 observer=recorder,
             )
-            return cls(host, plan, tokenizer, recorder, stack.pop_all())
+            return cls(host, plan, tokenizer, recorder, stack.pop_all(), link)
         raise AssertionError  # no context above swallows errors
 
     def __enter__(self) -> Engine:
@@ -125,15 +137,17 @@ class Engine:
         self._borrowed.close()
         del self.host, self.pool
 
-    def generate(self, requests: Iterable[Request]) -> Generator[Begun | Finished | PassReport, None, None]:
-        """Runs requests as they come from the iterator, drawn only as pages become free.
+    def generate(
+        self, requests: Iterable[Request], *, window: int = WINDOW_ROWS
+    ) -> Generator[Begun | Finished | PassReport, None, None]:
+        """Runs requests as they come from the iterator, drawn `window` at a time and only as pages become free.
 
         Yields which rows enter before the pass in which they do, each row as it ends, in any order, and one report
         after every pass.
         """
         plan = self.plan
         ledger = PageLedger(plan.kv_pages, plan.page_tokens)
-        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens)
+        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window)
         texts: dict[Sequence, TextStream] = {}
         self.recorder.begin()
         with Masks() as masks:
@@ -157,9 +171,7 @@ class Engine:
         tokens: list[int] = []
         first, plan = 0, self.plan
         kept = torch.from_numpy(step.kept)
-        for logits in forward(
-            self.host, self.pool, step, plan.attention_tokens, logit_tokens=plan.logit_tokens, keep=kept
-        ):
+        for logits in forward(self.host, self.pool, step, self._attention, logit_tokens=plan.logit_tokens, keep=kept):
             sampled = step.sampled[first : first + len(logits)]
             if sampled:
                 allowed = masks.take()
@@ -203,11 +215,27 @@ class Engine:
         return "length" if len(sequence.tokens) - sequence.prompt_tokens == params.max_tokens else None
 
 
+@contextmanager
+def _loading() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise BudgetError(
+            f"engine.device_memory: the device has no room for the model and its pages ({reason}); lower it by what "
+            "else is on the device"
+        ) from error
+
+
+def _pool(host: ModelHost, plan: Plan, link: Link) -> KVPool:
+    dtype = getattr(torch, plan.kv_dtype)
+    if plan.kv_home == "device" or host.device.type == "cpu":
+        return KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, host.device)
+    hosted = HostedAttention(link, plan.attention_on_host)
+    return KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, torch.device("cpu"), hosted)
+
+
 def _require_executable(plan: Plan, sources: Mapping[str, ExpertSource]) -> None:
-    if plan.device != "cpu" and plan.kv_home == "host":
-        raise SpecError(
-            "engine.plan.kv_home: this version keeps a GPU's KV pages on the GPU; leave it out, or say device"
-        )
     whole = [layer for layer, source in sources.items() if not source.addressable]
     if whole and plan.resident_groups < plan.groups:
         raise BudgetError(

@@ -270,12 +270,13 @@ def _run(host: ModelHost, plan: Plan, workload: Workload) -> list[PassReport]:
 
 
 def _plan(machine: Machine, stored: torch.dtype, compute: torch.dtype) -> Plan:
+    on_cpu = machine.device == "cpu"
     return Plan(
         device=machine.device, threads=machine.cores, compute_dtype=_name(compute), expert_dtype=_name(stored),
         kv_dtype=_name(stored), attention_tokens=2048, expert_tokens=8192, pass_tokens=4096, level_tokens=4096,
-        logit_tokens=4096, page_tokens=_PAGE_TOKENS, kv_pages=2048, kv_home="host", attention_on_host=1.0, groups=1,
-        group_experts=1 << 20, resident_groups=1, host_groups=0, stream_slots=0, stream_depth=0, reader_threads=0,
-        host=MemoryUse(), device_memory=MemoryUse(),
+        logit_tokens=4096, page_tokens=_PAGE_TOKENS, kv_pages=2048, kv_home="host" if on_cpu else "device",
+        attention_on_host=float(on_cpu), groups=1, group_experts=1 << 20, resident_groups=1, host_groups=0,
+        stream_slots=0, stream_depth=0, reader_threads=0, host=MemoryUse(), device_memory=MemoryUse(),
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -12,18 +12,33 @@ from moegen.memory.kv_pool import KVPool
 from moegen.model.host import ModelHost
 from moegen.model.seams import Observer
 from moegen.ops.attention import AttentionRule, paged_attention
+from moegen.ops.micro_batch import MicroBatch
 from moegen.schedule.step import AttentionBatch, Step
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What the layers of one pass share: its micro-batches and the pages (an `AttentionContext`)."""
+    """What the layers of one pass share: its micro-batches and the pages (a `PassContext`)."""
 
-    batches: tuple[AttentionBatch, ...]
-    tokens: int
+    step: Step
+    at_once: MicroBatch
     pool: KVPool
     observer: Observer
     current: AttentionBatch | None = None  # the micro-batch at hand, inside an attention stage
+    _cuts: dict[int, tuple[AttentionBatch, ...]] = field(default_factory=dict)  # by the size of a micro-batch
+
+    @property
+    def tokens(self) -> int:
+        return self.step.tokens
+
+    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], torch.Tensor]) -> torch.Tensor:
+        return self.at_once.run(lambda most: work(self._cut(most)), self.tokens)
+
+    def _cut(self, most: int) -> tuple[AttentionBatch, ...]:
+        """Once for all layers: they ask for the same arrays."""
+        if most not in self._cuts:
+            self._cuts[most] = tuple(self.step.attention_batches(most))
+        return self._cuts[most]
 
     def within(self, batch: AttentionBatch) -> Pass:
         return replace(self, current=batch)
@@ -34,16 +49,18 @@ class Pass:
     ) -> torch.Tensor:  # fmt: skip
         """A layer that runs whole brings all its tokens at once; they are worked off batch by batch here."""
         pages = self.pool.layers[layer]
+
+        def one(batch: AttentionBatch, own: slice) -> torch.Tensor:
+            if self.pool.hosted is not None:
+                return self.pool.hosted.attend(query_THD[own], key_TGD[own], value_TGD[own], pages, batch, rule)
+            pages.write(key_TGD[own], value_TGD[own], batch)
+            return paged_attention(query_THD[own], pages, batch, rule)
+
+        def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
+            return torch.cat([one(batch, slice(batch.first, batch.first + batch.length)) for batch in batches])
+
         with self.observer.timed("attention"):
-            if self.current is not None:
-                pages.write(key_TGD, value_TGD, self.current)
-                return paged_attention(query_THD, pages, self.current, rule)
-            out = []
-            for batch in self.batches:
-                own = slice(batch.first, batch.first + batch.length)
-                pages.write(key_TGD[own], value_TGD[own], batch)
-                out.append(paged_attention(query_THD[own], pages, batch, rule))
-            return torch.cat(out)
+            return self.in_batches(every) if self.current is None else one(self.current, slice(None))
 
 
 @torch.inference_mode()
@@ -51,16 +68,17 @@ def forward(
     host: ModelHost,
     pool: KVPool,
     step: Step,
-    attention_tokens: int,
+    attention_tokens: int | MicroBatch,
     *,
     logit_tokens: int | None = None,
     keep: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Logits of `step.last_tokens`, or of the token indices `keep`, in order: `[s, V]`, at most `logit_tokens` a time.
 
-    Every token's KV is in the pool once the first piece is there.
+    Attention runs in micro-batches of `attention_tokens`. Every token's KV is in the pool once the first piece is
+    there.
     """
-    this = Pass(tuple(step.attention_batches(attention_tokens)), step.tokens, pool, host.observer)
+    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, host.observer)
     yield from host.logits(
         torch.from_numpy(step.token_ids),
         torch.from_numpy(step.positions),

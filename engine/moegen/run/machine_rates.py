@@ -7,16 +7,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moegen.memory.direct_read import DirectFile, ReadBuffer
 from moegen.ops.expert_weights import expert_matrix
+from moegen.ops.link import Link
 from moegen.run.timing import best_seconds
 
 _BLOCK_BYTES = 256 << 20
 _READ_BYTES = 8 << 20
 _DISK_BYTES = 256 << 20  # read at each number of threads
 _TEMPORARY_BYTES = 256 << 20
+_PAGE_BYTES, _GATHERED_BYTES = 64 << 10, 64 << 20  # of one page in one layer, and of many pages
 _PLACED = (4, 1024, 1024)  # experts, output features, input features
 
 
@@ -58,6 +61,15 @@ def _together(host: torch.Tensor, there: torch.Tensor, block: torch.Tensor) -> d
         "h2d_beside_dram_bytes_per_s": copies * _BLOCK_BYTES / (begin.elapsed_time(end) / 1e3),
         "dram_beside_h2d_bytes_per_s": reads * _BLOCK_BYTES / read_s,
     }
+
+
+@torch.inference_mode()
+def gather_bytes_per_s(device: torch.device) -> float:
+    """Pages of keys and values from all over the host's memory to the device, as attention there wants them."""
+    table = torch.ones(_BLOCK_BYTES // _PAGE_BYTES, _PAGE_BYTES // 4)
+    ids_N = np.random.default_rng(0).permutation(len(table))[: max(_GATHERED_BYTES // _PAGE_BYTES, 1)]
+    link = Link(device)
+    return len(ids_N) * _PAGE_BYTES / best_seconds(lambda: link.rows_to_device((table,), ids_N), device)
 
 
 def place_bytes_per_s(dtype: torch.dtype) -> float:

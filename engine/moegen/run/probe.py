@@ -78,6 +78,8 @@ def _device_rates(where: torch.device, compute: torch.dtype) -> dict[str, Any]:
             found |= machine_rates.link_bytes_per_s(where)
         with _measuring(f"decode attention on {where}"):
             found["device_decode_bytes_per_s"] = engine_rates.device_decode_bytes_per_s(where)
+        with _measuring(f"the gathering of KV pages for {where}"):
+            found["gather_bytes_per_s"] = machine_rates.gather_bytes_per_s(where)
     return found
 
 

@@ -30,11 +30,14 @@ class Traffic:
     busy_s: float = 0.0  # transfers were under way, mean over the readers
 
     @classmethod
-    def of(cls, figures: StreamFigures, readers: int, device: str) -> Traffic:
-        """What a stream with so many readers says; what goes to a GPU goes over the link, wherever it came from."""
+    def of(cls, figures: StreamFigures, readers: int, device: str, kv_bytes: int = 0) -> Traffic:
+        """What a stream with so many readers says; what goes to a GPU goes over the link, wherever it came from.
+
+        `kv_bytes` went there beside the weights.
+        """
         return cls(
             disk_bytes=figures.disk_bytes,
-            link_bytes=0 if device == "cpu" else figures.disk_bytes + figures.host_bytes,
+            link_bytes=0 if device == "cpu" else figures.disk_bytes + figures.host_bytes + kv_bytes,
             waited_s=figures.waited_seconds,
             busy_s=figures.busy_seconds / readers,
         )

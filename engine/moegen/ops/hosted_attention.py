@@ -1,0 +1,113 @@
+"""Attention on a device whose keys and values live on the host.
+
+New keys and values go home in one copy and are written into their pages by the host. Prompts are attended on the
+device, where their keys and values still are. Decode tokens are attended where it pays: a share of them by the host's
+cores, over the pages in place, queries coming over and answers going back; the others on the device, over pages that
+are gathered and sent to it, while the host's cores are at theirs.
+
+The pages themselves are plain memory of the host, not page-locked: the device never reads them where they lie, since
+copies of single pages would be far too small for the link, and locking most of the host's memory takes a while.
+
+Shape suffixes as in `moegen.ops.attention`; S decode spans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from moegen.ops.attention import AttentionRule, span_attention
+from moegen.ops.decode_kernel import KV_DTYPES, decode_attention
+from moegen.ops.gathered_decode import gathered_decode
+from moegen.ops.kv_pages import LayerPages
+from moegen.ops.link import Link
+from moegen.schedule.step import AttentionBatch, DecodeSpans, Ints, Span
+
+
+@dataclass(frozen=True)
+class HostedAttention:
+    """How a device reaches pages on the host. `on_host` is the share of decode attention's KV that the host works off.
+
+    Pages in a dtype that the host's kernel does not read are all attended on the device.
+    """
+
+    link: Link
+    on_host: float
+
+    def attend(
+        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, pages: LayerPages,
+        batch: AttentionBatch, rule: AttentionRule,
+    ) -> torch.Tensor:  # fmt: skip
+        """Writes the batch's keys and values into `pages` and answers its queries, `[T, H, value_dim]`."""
+        on_host = self.on_host if pages.keys_PGCD.dtype in KV_DTYPES else 0.0
+        here, there = _split(batch.decode, on_host)
+        keys_TGD, values_TGD = key_TGD.to(pages.keys_PGCD.dtype), value_TGD.to(pages.values_PGCD.dtype)
+        query_SHD = query_THD[torch.from_numpy(here.rows).to(query_THD.device)]
+        sinks = [] if rule.sinks_H is None else [rule.sinks_H]
+        own_keys, own_values, query_SHD, *sinks = self.link.to_host(keys_TGD, values_TGD, query_SHD, *sinks)
+        pages.write(own_keys, own_values, batch)
+        out_THD = query_THD.new_empty(*query_THD.shape[:2], value_TGD.shape[-1])
+        self._attend_there(query_THD, keys_TGD, values_TGD, pages, batch.prefill, there, rule, out_THD)
+        if len(here.rows):
+            host_rule = replace(rule, sinks_H=sinks[0]) if sinks else rule
+            answer_SHD = self._attend_here(query_SHD, pages, here, host_rule)
+            rows_S = torch.from_numpy(here.rows).to(out_THD.device)
+            out_THD[rows_S] = self.link.to_device(answer_SHD).to(out_THD.dtype)
+        return out_THD
+
+    def _attend_there(
+        self, query_THD: torch.Tensor, keys_TGD: torch.Tensor, values_TGD: torch.Tensor, pages: LayerPages,
+        prefill: tuple[Span, ...], decode: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """What the device works off: asked of it, not waited for."""
+        for span in prefill:
+            own = slice(span.first, span.first + span.length)
+            if span.length == span.kv_length:
+                first, keys_GLD, values_GLD = 0, keys_TGD[own].transpose(0, 1), values_TGD[own].transpose(0, 1)
+            else:
+                first = rule.first_key(span.kv_length - span.length, pages.page_tokens)
+                keys_GLD, values_GLD = self._brought(pages, span, first)
+            out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, rule)
+        if len(decode.rows):
+            page_bytes = pages.keys_PGCD[0].nbytes + pages.values_PGCD[0].nbytes
+            gathered_decode(
+                query_THD, lambda ids: self._pages(pages, ids), page_bytes, pages.page_tokens, decode, rule, out_THD
+            )
+
+    def _attend_here(
+        self, query_SHD: torch.Tensor, pages: LayerPages, decode: DecodeSpans, rule: AttentionRule
+    ) -> torch.Tensor:
+        """In float32, row after row of `query_SHD`."""
+        answer_SHD = torch.empty(*query_SHD.shape[:2], pages.values_PGCD.shape[-1])
+        spans = replace(decode, rows=np.arange(len(decode.rows)))
+        decode_attention(query_SHD, pages.keys_PGCD, pages.values_PGCD, spans, rule, answer_SHD)
+        return answer_SHD
+
+    def _pages(self, pages: LayerPages, ids_N: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+        keys_NGCD, values_NGCD = self.link.rows_to_device((pages.keys_PGCD, pages.values_PGCD), ids_N)
+        return keys_NGCD, values_NGCD
+
+    def _brought(self, pages: LayerPages, span: Span, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a sequence from token `first` (a page's first) on, `[G, L, D]` on the device."""
+        ids_N = np.array(span.pages[first // pages.page_tokens : -(-span.kv_length // pages.page_tokens)], np.int64)
+        keys, values = (x.transpose(0, 1).flatten(1, 2)[:, : span.kv_length - first] for x in self._pages(pages, ids_N))
+        return keys, values
+
+
+def _split(spans: DecodeSpans, share: float) -> tuple[DecodeSpans, DecodeSpans]:
+    """The first spans, which together have about this share of all keys, and the others."""
+    ends = np.cumsum(spans.kv_lengths)
+    count = int(np.searchsorted(ends - spans.kv_lengths / 2, share * ends[-1], side="right")) if len(ends) else 0
+    return _part(spans, 0, count), _part(spans, count, len(ends))
+
+
+def _part(spans: DecodeSpans, first: int, end: int) -> DecodeSpans:
+    starts = spans.page_starts[first : end + 1]
+    return DecodeSpans(
+        spans.rows[first:end],
+        spans.kv_lengths[first:end],
+        starts - starts[0],
+        spans.page_ids[starts[0] : starts[-1]],
+    )
