@@ -1,7 +1,8 @@
 """Host memory without waiting for the operating system: large tensors on its huge pages, freed ones kept for the next.
 
 With small pages a kernel that reads weights or KV pages from all over the memory waits for address translation, and a
-driver that is to lock memory for its device has 512 times as many to visit. And a pass makes and frees gigabytes of activations, which are faulted in anew, page by page, if they went back in between.
+driver that is to lock memory for its device has 512 times as many to visit. And a pass makes and frees gigabytes of
+activations, which are faulted in anew, page by page, if they went back in between.
 """
 
 from __future__ import annotations
