@@ -433,7 +433,8 @@ def main() -> int:
     import moegen.job.worker
     import moegen.run.engine  # noqa: F401, before any fork
 
-    with tempfile.TemporaryDirectory(prefix="moegen-torture-") as folder:
+    memory = Path("/dev/shm")  # a killed process loses nothing there, and flushing to it takes no time
+    with tempfile.TemporaryDirectory(prefix="moegen-torture-", dir=memory if memory.is_dir() else None) as folder:
         results = dict(scenarios(args, Path(folder)))
     results_held = held(results)
     args.out.parent.mkdir(parents=True, exist_ok=True)

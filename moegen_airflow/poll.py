@@ -36,7 +36,7 @@ _ERRORS: dict[str, type[MoegenError]] = {
     "missing": MoegenJobNotFoundError,
     "refused": MoegenInputError,
 }
-_BAD_SPECIFICATION = 64  # the runner's exit code; resuming it could only fail again
+_FINAL_EXIT_CODES = (2, 64)  # of the runner: too many failed rows, a bad specification; a retry would end so again
 
 
 class JobPoll:
@@ -113,7 +113,7 @@ def manifest_of(event: object) -> dict[str, Any]:
     if status not in _ERRORS:
         raise MoegenTriggerEventError(f"event status {status!r} is unknown; known are succeeded, {', '.join(_ERRORS)}")
     message = event.get("message") or f"job {key}: {status}"
-    if event.get("exit_code") == _BAD_SPECIFICATION:
+    if event.get("exit_code") in _FINAL_EXIT_CODES:
         raise MoegenInputError(message)
     raise _ERRORS[status](message)
 

@@ -125,9 +125,10 @@ def test_every_other_end_raises_its_own_error(status, error):
         manifest_of({"status": status, "key": "k", "message": "job k went wrong"})
 
 
-def test_a_bad_specification_is_not_retried_but_other_failures_are():
-    with pytest.raises(AirflowFailException):
-        manifest_of({"status": "failed", "key": "k", "exit_code": 64})
+def test_a_bad_specification_and_too_many_failed_rows_are_not_retried_but_other_failures_are():
+    for final in (2, 64):
+        with pytest.raises(AirflowFailException):
+            manifest_of({"status": "failed", "key": "k", "exit_code": final})
     with pytest.raises(MoegenJobFailedError) as caught:
         manifest_of({"status": "failed", "key": "k", "exit_code": 70})
     assert not isinstance(caught.value, AirflowFailException)

@@ -44,6 +44,10 @@ def test_it_is_64_hexadecimal_digits() -> None:
         {"output.uri": "elsewhere"},
         {"output.mode": "new_run"},
         {"input.uri": "*.parquet"},
+        {"checkpoint.journal_seconds": 5},
+        {"errors.max_error_rate": 0.5},
+        {"errors.on_row_error": "fail_fast"},
+        {"limits.max_total_tokens": 100},
     ],
 )
 def test_what_cannot_change_a_part(changes: dict[str, Any]) -> None:
