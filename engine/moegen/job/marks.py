@@ -29,7 +29,7 @@ class Marks:
     Args:
         folder: the job's own, see `batch_folder`.
         epoch: of the lease.
-        void_epoch: whose marks do not count: its runner has not crashed.
+        void_epoch: whose marks are removed: its runner has not crashed.
 
     Attributes:
         crashes: row index -> how often the engine crashed with it.
@@ -105,7 +105,10 @@ class Marks:
         epochs: dict[int, set[int]] = {}
         for name in list_names(self._folder):
             match = _NAME.fullmatch(name)
-            if match is None or int(match[1]) == void_epoch:
+            if match is None:
+                continue
+            if int(match[1]) == void_epoch:
+                remove(join(self._folder, name))
                 continue
             try:
                 ranges = json.loads(read_bytes(join(self._folder, name)))["rows"]

@@ -71,7 +71,7 @@ class Holder:
 
     @property
     def paused(self) -> bool:
-        """Whether, although silent, it certainly has not ended."""
+        """Whether its process, on this machine, has not ended."""
         return self._seen and _process_started(self.pid) == self.process_started
 
     @property
@@ -123,7 +123,7 @@ class Lease:
             before = self._read(epoch)
             if before is None or not before.gone:
                 before = self._await_silence(epoch, before)
-            paused = before is not None and not before.gone and before.paused
+            paused = before is not None and not before.released and before.paused
             self.paused_epoch = epoch if paused else None
             self.after_crash = not paused and (before is None or not before.released)
         self._create(epoch + 1)
