@@ -55,6 +55,10 @@ def test_after_a_crash_rows_are_named_before_they_run(tmp_path: Path) -> None:
     marks = Marks(str(tmp_path), 2, after_crash=True)
     marks.begin([4])
     assert named(tmp_path) == {"000002-000000.json": [[4, 5]]}
+    marks.begin(range(5, 5000))
+    before = named(tmp_path)
+    marks.begin([6000])  # by now whoever crashed it has entered
+    assert named(tmp_path) == before
     assert Marks(str(tmp_path), 3).careful
     marks.close()
     assert not Marks(str(tmp_path), 3).careful

@@ -12,12 +12,13 @@ import logging
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 
 from moegen.errors import InputError, MoegenError
 from moegen.storage import join, list_names, put_create, read_bytes, remove
 
+_CAREFUL_ROWS = 4096  # more than run at once, or are read ahead to be put in order
 _NAME = re.compile(r"(\d{6,})-\d{6,}\.json")
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,9 @@ class Marks:
 
     Attributes:
         crashes: row index -> how often the engine crashed with it.
-        careful: every row is named before it enters the engine, not only the first ones and the others soon after; so
-            it is once something has crashed.
+        careful: something has crashed, so that rows are named before they enter the engine, where otherwise only the
+            first are, and others soon after. That holds for the first thousands: whoever was in the engine when it
+            crashed, named or not, is among them.
     """
 
     def __init__(self, folder: str, epoch: int, *, after_crash: bool = False, void_epoch: int | None = None) -> None:
@@ -42,25 +44,28 @@ class Marks:
         self._mutex = threading.Lock()
         self._sync = threading.Lock()
         self._unnamed: set[int] = set()  # in the engine, and in no file
-        self._files: dict[str, set[int]] = {}  # name -> those of its rows that are still in the engine
-        self._written = 0
+        self._named: dict[int, str] = {}  # row in the engine -> the file that names it
+        self._files: Counter[str] = Counter()  # file -> how many of its rows are still in the engine
+        self._written = self._begun = 0
         self._closed = False
         self.crashes = self._read(void_epoch)
         self.careful = after_crash or bool(self.crashes)
 
-    def begin(self, rows: Iterable[int]) -> None:
+    def begin(self, rows: Collection[int]) -> None:
         """These rows enter the engine."""
         with self._mutex:
-            self._unnamed.update(row for row in rows if not any(row in named for named in self._files.values()))
-        if self.careful or self._written == 0:
+            self._begun += len(rows)
+            self._unnamed.update(row for row in rows if row not in self._named)
+        wary = self.careful and (self._begun <= _CAREFUL_ROWS or not self.crashes.keys().isdisjoint(rows))
+        if wary or self._written == 0:
             self.sync()
 
     def end(self, row: int) -> None:
         """The row left the engine."""
         with self._mutex:
             self._unnamed.discard(row)
-            for named in self._files.values():
-                named.discard(row)
+            if (name := self._named.pop(row, None)) is not None:
+                self._files[name] -= 1
 
     def sync(self) -> None:
         """Name the rows that are in no file yet, and remove the files whose rows are done.
@@ -73,7 +78,7 @@ class Marks:
                 if self._closed:
                     return
                 rows = sorted(self._unnamed)
-                done = [name for name, named in self._files.items() if not named]
+                done = [name for name, left in self._files.items() if left == 0]
             if rows:
                 self._name(rows)
             for name in done:
@@ -98,8 +103,10 @@ class Marks:
         put_create(join(self._folder, name), (json.dumps({"rows": list(_ranges(rows))}) + "\n").encode())
         self._written += 1
         with self._mutex:
-            self._files[name] = self._unnamed.intersection(rows)
-            self._unnamed.difference_update(rows)
+            still = self._unnamed.intersection(rows)
+            self._unnamed -= still
+            self._named.update(dict.fromkeys(still, name))
+            self._files[name] = len(still)
 
     def _read(self, void_epoch: int | None) -> Counter[int]:
         epochs: dict[int, set[int]] = {}
