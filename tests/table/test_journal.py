@@ -16,7 +16,7 @@ FULL = RowResult(
     row_index=3,
     status=Status.LENGTH,
     output="kept",
-    output_raw="raw\n😀",
+    output_raw="raw\n😀 \ud83d",
     error=RowError("code", "message", "stage", retryable=True),
     finish_reason="length",
     prompt_tokens=4,

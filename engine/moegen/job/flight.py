@@ -129,6 +129,18 @@ class Flight:
         self._flying[row.request.row_index] = row, []
         yield from self._answers.requests(row)
 
+    def _land(self, finished: Finished) -> None:
+        row, answers = self._flying[finished.row_index]
+        answers.append(finished)
+        if len(answers) < self._answers.per_row:
+            return
+        del self._flying[finished.row_index]
+        result = self._answers.result(row, answers)
+        entered = result.error is None or result.error.stage != "admit"
+        result = replace(result, attempts=self._crashes[result.row_index] + entered)
+        self._keeper.end(result)
+        self._settle(result)
+
     def _settle(self, result: RowResult, *, known: bool = False) -> None:
         """`known`: the journal has it, and the meter counted it."""
         part = self._writer.add(result)
@@ -153,15 +165,3 @@ class Flight:
         )
         self._keeper.end(result)
         return result
-
-    def _land(self, finished: Finished) -> None:
-        row, answers = self._flying[finished.row_index]
-        answers.append(finished)
-        if len(answers) < self._answers.per_row:
-            return
-        del self._flying[finished.row_index]
-        result = self._answers.result(row, answers)
-        attempts = self._crashes[result.row_index] + 1 if result.completion_tokens is not None else 0
-        result = replace(result, attempts=attempts)
-        self._keeper.end(result)
-        self._settle(result)

@@ -84,7 +84,7 @@ def run_job(
     with Lease(folder, spec.checkpoint.lease_seconds, stopping) as lease:
         writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease, columns)
         batch_plan.write(folder)
-        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part, columns)
+        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part)
         found = journal.read(writer.is_committed)
         journaled = Totals.of(found.values())
         meter.resume(reader.rows, writer.resumed, journaled)

@@ -1,24 +1,30 @@
-"""`_batch/<job key>/journal/`: finished rows whose parts are not complete yet, so that a crash does not cost them."""
+"""`_batch/<job key>/journal/`: finished rows whose parts are not complete yet, so that a crash does not cost them.
+
+A journal file has a row's index and its result as JSON, whose fields are those of `RowResult`: what a job's columns make
+of them is settled when the part is written, as for every other row.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from typing import Any
 
 import pyarrow as pa
 
 from moegen.errors import InputError, MoegenError
 from moegen.row import RowError, RowResult, Status
 from moegen.storage import join, list_names, put_create, read_bytes, remove
-from moegen.table.columns import Columns, columns_with
-from moegen.table.schema import arrow_cell
 
 _NAME = re.compile(r"\d{6,}-\d{6,}\.arrow")
 _FINGERPRINT_KEY = b"moegen.fingerprint"
+_FIELDS = [field.name for field in fields(RowResult)]
+_SCHEMA = pa.schema([("row_index", pa.int64()), ("result", pa.string())])
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +40,12 @@ class Journal:
         epoch: of the lease.
         fingerprint: of the work.
         rows_per_part: which rows make a part.
-        columns: of the job's results; None: those of a job of free text.
     """
 
-    def __init__(
-        self, folder: str, epoch: int, fingerprint: str, rows_per_part: int, columns: Columns | None = None
-    ) -> None:
+    def __init__(self, folder: str, epoch: int, fingerprint: str, rows_per_part: int) -> None:
         self._folder = join(folder, "journal")
         self._epoch, self._rows_per_part = epoch, rows_per_part
-        types = columns_with({}) if columns is None else columns
-        kept = [(item.name, types[item.name]) for item in dataclasses.fields(RowResult) if item.name in types]
-        self._schema = pa.schema(kept).with_metadata({_FINGERPRINT_KEY: fingerprint.encode()})
+        self._schema = _SCHEMA.with_metadata({_FINGERPRINT_KEY: fingerprint.encode()})
         self._files: dict[str, Counter[int]] = {}  # name -> part -> rows
         self._written = 0
 
@@ -98,10 +99,7 @@ class Journal:
         return Counter(result.row_index // self._rows_per_part for result in results)
 
     def _encode(self, results: Sequence[RowResult]) -> bytes:
-        columns = [
-            pa.array([arrow_cell(getattr(result, field.name)) for result in results], field.type)
-            for field in self._schema
-        ]
+        columns = [pa.array([result.row_index for result in results]), pa.array([_json(result) for result in results])]
         sink = io.BytesIO()
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         with pa.ipc.new_file(sink, self._schema, options=options) as writer:
@@ -123,7 +121,19 @@ class Journal:
                 raise ValueError("it has other columns, or is of other work")
             table = file.read_all()
         table.validate(full=True)
-        for row in table.to_pylist():
-            error = row["error"] and RowError(**row["error"])
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-            yield RowResult(**{**values, "status": Status(row["status"]), "error": error})
+        yield from (_result(text) for text in table["result"].to_pylist())
+
+
+def _json(result: RowResult) -> str:
+    return json.dumps({name: getattr(result, name) for name in _FIELDS}, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON lacks: an error, and NumPy's numbers."""
+    return asdict(value) if isinstance(value, RowError) else value.item()
+
+
+def _result(text: str) -> RowResult:
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
+    error = values["error"] and RowError(**values["error"])
+    return RowResult(**{**values, "status": Status(values["status"]), "error": error})

@@ -51,19 +51,18 @@ def to_table(
     arrays = list(carried.columns)
     for field in results_schema:
         name = field.name.removeprefix(output.prefix)
-        cells = list(files) if name == "input_file" else [arrow_cell(getattr(result, name)) for result in results]
+        cells = list(files) if name == "input_file" else [_cell(getattr(result, name)) for result in results]
         arrays.append(pa.array(cells, field.type))
     return pa.Table.from_arrays(arrays, schema=pa.schema([*carried.schema, *results_schema]))
 
 
-def arrow_cell(value: object) -> object:
-    """A field of a `RowResult` as `pyarrow.array` takes it."""
+def _cell(value: object) -> object:
     if isinstance(value, RowError):
-        return {name: arrow_cell(getattr(value, name)) for name in ERROR_TYPE.names}
+        return {name: _cell(getattr(value, name)) for name in ERROR_TYPE.names}
     if isinstance(value, dict):
-        return {name: arrow_cell(part) for name, part in value.items()}
+        return {name: _cell(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [arrow_cell(part) for part in value]
+        return [_cell(part) for part in value]
     return valid_utf8(value) if isinstance(value, str) else value
 
 
