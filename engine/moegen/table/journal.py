@@ -1,7 +1,7 @@
 """`_batch/<job key>/journal/`: finished rows whose parts are not complete yet, so that a crash does not cost them.
 
-A journal file has a row's index and its result as JSON, whose fields are those of `RowResult`: what a job's columns make
-of them is settled when the part is written, as for every other row.
+A journal file has a row's index and its result as JSON, whose fields are those of `RowResult`: what the job's columns
+make of them is settled when the part is written, as for every other row.
 """
 
 from __future__ import annotations
