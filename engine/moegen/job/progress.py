@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from moegen.job.samples import Point, Samples
 from moegen.row import RowResult
+from moegen.table.part import Totals
 
 _WINDOW_S = 120.0  # rates are over this much of the past: rows end in bursts, a pass at a time
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What the job's page shows beside the progress."""
+
+    errors: Mapping[str, int] = field(default_factory=dict)  # error code -> rows of the whole table
+    plan: Mapping[str, Any] | None = None  # once it is chosen
+    samples: Sequence[Point] = ()  # of this attempt
 
 
 @dataclass(frozen=True)
@@ -28,9 +39,13 @@ class Progress:
     completion_tokens: int = 0
     statuses: Mapping[str, int] = field(default_factory=dict)
     engine: Mapping[str, Any] | None = None  # what the engine does, once it has made a pass: see `Attempt.live`
+    detail: Detail = field(default_factory=Detail, compare=False)  # no part of the HTTP API
 
     def to_mapping(self) -> dict[str, Any]:
-        return asdict(self)
+        """As the HTTP API has it."""
+        mapping = asdict(replace(self, detail=Detail()))
+        del mapping["detail"]
+        return mapping
 
 
 class Meter:
@@ -47,14 +62,22 @@ class Meter:
         self._total = self._done = self._committed = 0
         self._prompt_tokens = self._completion_tokens = self._generated = 0
         self._statuses: dict[str, int] = {}
+        self._errors: dict[str, int] = {}
+        self._plan: Mapping[str, Any] | None = None
+        self._course = Samples()
+        self._began = now()
         self._samples: deque[tuple[float, int, int]] = deque()  # time, rows done, tokens generated
         self._live: Callable[[], Mapping[str, Any] | None] = lambda: None
 
-    def resume(self, rows_total: int, statuses: Mapping[str, int], prompt_tokens: int, completion_tokens: int) -> None:
+    def planned(self, plan: Mapping[str, Any]) -> None:
+        """Tell of this plan with every progress from now on."""
+        self._plan = plan
+
+    def resume(self, rows_total: int, committed: Totals) -> None:
         """The table has `rows_total` rows; the other counts are those of its committed parts."""
-        self._total, self._statuses = rows_total, dict(statuses)
-        self._done = self._committed = sum(statuses.values())
-        self._prompt_tokens, self._completion_tokens = prompt_tokens, completion_tokens
+        self._total, self._statuses, self._errors = rows_total, dict(committed.statuses), dict(committed.errors)
+        self._done = self._committed = committed.rows
+        self._prompt_tokens, self._completion_tokens = committed.prompt_tokens, committed.completion_tokens
 
     def follow(self, live: Callable[[], Mapping[str, Any] | None]) -> None:
         """Report what `live` tells of the engine with every progress from now on."""
@@ -64,7 +87,8 @@ class Meter:
         """The job is now `stage`; rates begin with `running`."""
         self._stage = stage
         if stage == "running":
-            self._samples.append((self._now(), self._done, self._generated))
+            self._began = self._now()
+            self._sample()
         self.report()
 
     def add_row(self, result: RowResult) -> None:
@@ -73,6 +97,8 @@ class Meter:
         self._prompt_tokens += result.prompt_tokens or 0
         self._completion_tokens += result.completion_tokens or 0
         self._statuses[result.status.value] = self._statuses.get(result.status.value, 0) + 1
+        if result.error is not None:
+            self._errors[result.error.code] = self._errors.get(result.error.code, 0) + 1
 
     def add_committed(self, rows: int) -> None:
         """A part of `rows` rows is on storage."""
@@ -81,7 +107,7 @@ class Meter:
     def add_pass(self, generated_tokens: int) -> None:
         """The engine made a pass; reports."""
         self._generated += generated_tokens
-        self._samples.append((self._now(), self._done, self._generated))
+        self._sample()
         while len(self._samples) > 2 and self._samples[1][0] < self._samples[-1][0] - _WINDOW_S:
             self._samples.popleft()
         self.report()
@@ -106,7 +132,13 @@ class Meter:
             completion_tokens=self._completion_tokens,
             statuses=dict(sorted(self._statuses.items())),
             engine=self._live(),
+            detail=Detail(dict(sorted(self._errors.items())), self._plan, self._course.points),
         )
+
+    def _sample(self) -> None:
+        now = self._now()
+        self._samples.append((now, self._done, self._generated))
+        self._course.add(now - self._began, self._done, self._generated)
 
     def _rates(self) -> tuple[float, float]:
         """Rows and generated tokens per second over the window."""

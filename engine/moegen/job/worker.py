@@ -66,12 +66,13 @@ def run_job(
     tokenizer = Tokenizer.load(spec.model.uri)
     workload = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
     plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
+    meter.planned(plan.to_mapping())
     preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
     digest = model_digest(spec.model.uri)
     work = fingerprint(spec, digest, tokenizer.digest, reader.files)
     writer = TableWriter(spec.output, reader.schema, reader.rows, work, spec.job.key or work[:16])
     totals = writer.resumed
-    meter.resume(reader.rows, totals.statuses, totals.prompt_tokens, totals.completion_tokens)
+    meter.resume(reader.rows, totals)
     if not writer.complete:
         meter.enter("loading")
         with device or nullcontext(), closing(ahead(_prepared(reader, writer, preparer), _BATCHES_AHEAD)) as batches:
