@@ -180,8 +180,9 @@ async def _body(request: Request) -> bytes:
 def _specification(body: bytes) -> JobSpec:
     try:
         mapping = json.loads(body)
+        json.dumps(mapping, ensure_ascii=False).encode()  # JSON can write half a character; no file or answer can
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"the body is not JSON: {error}") from error
+        raise SpecError(f"the body is not JSON that UTF-8 can hold: {error}") from error
     return JobSpec.from_mapping(mapping)
 
 
