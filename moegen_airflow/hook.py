@@ -57,7 +57,8 @@ class MoegenHook(BaseHook):
         return httpx.Client(**self.endpoint.client_options)
 
     def job_url(self, key: str) -> str:
-        return f"{self.endpoint.url}/v1/jobs/{key}"
+        """The job's page for people; the service asks for its token as the password."""
+        return f"{self.endpoint.url}/jobs/{key}"
 
     def submit_job(self, key: str, spec: Mapping[str, Any], owner: int = 0) -> Job:
         """Queues the job under `key`, or attaches to it; a failed or cancelled one resumes. Idempotent."""

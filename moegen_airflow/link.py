@@ -17,7 +17,7 @@ JOB_URL = "moegen_job_url"  # XCom key, pushed before the task waits or defers
 
 @attrs.define()
 class MoegenJobLink(BaseOperatorLink):
-    """The job at the service: state, progress, manifest."""
+    """The job's page at the service: state, progress, throughput, log."""
 
     @property
     def name(self) -> str:

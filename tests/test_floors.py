@@ -21,12 +21,13 @@ FLOORS = {
     3: ("model", "memory"),
     4: ("run",),
     5: ("job",),
-    6: ("cli", "service", "display", "report", "__main__"),
+    6: ("cli", "service", "display", "report", "pages", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 TORCH_FREE = (
-    "cli", "service", "display", "text", "shape", "storage", "plan.machine", "plan.search", "plan.explain",
-    "schedule.scheduler", "table.reader", "table.writer", "table.inspect", "job.worker", "job.records", "job.runner",
+    "cli", "service", "display", "pages.routes", "text", "shape", "storage", "plan.machine", "plan.search",
+    "plan.explain", "schedule.scheduler", "table.reader", "table.writer", "table.inspect", "job.worker",
+    "job.records", "job.runner",
 )  # fmt: skip
 
 

@@ -141,9 +141,12 @@ class _StatusFile:
         self._write(manifest=manifest.to_mapping())
 
     def _write(self, **ending: Any) -> None:
-        if self._path is not None:
-            progress = None if self._progress is None else self._progress.to_mapping()
-            RunnerStatus(progress, **ending).write(self._path)
+        if self._path is None:
+            return
+        known: dict[str, Any] = {}
+        if self._progress is not None:
+            known = {"progress": self._progress.to_mapping(), "detail": asdict(self._progress.detail)}
+        RunnerStatus(**known, **ending).write(self._path)
 
 
 def _milestone(progress: Progress) -> tuple[str, int]:

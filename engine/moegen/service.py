@@ -7,7 +7,7 @@ import json
 import secrets
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -30,11 +30,11 @@ from moegen.job.allowed import AllowedUris
 from moegen.job.records import KeyConflict, Record
 from moegen.job.runner import Supervisor
 from moegen.job.store import JobStore
+from moegen.pages.routes import add_pages
 from moegen.spec import JobSpec, JobState
 from moegen.units import KIB, MIB
 
 _BODY_LIMIT_BYTES = 4 * MIB  # of a job specification
-_TAIL_LIMIT_BYTES = 4 * MIB  # of a log's end
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,7 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
 
     @app.get("/v1/jobs/{key}/logs", dependencies=private)
     def get_logs(key: str, tail: Annotated[int, Query(ge=0)] = 200) -> PlainTextResponse:
-        _known(store, key)
-        return PlainTextResponse(last_lines(store.log_file(key), tail))
+        return PlainTextResponse(store.log_tail(_known(store, key), tail))
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -135,6 +134,7 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
     def metrics() -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    add_pages(app, store, token)
     return app
 
 
@@ -152,17 +152,6 @@ def job_view(store: JobStore, record: Record) -> dict[str, Any]:
         "progress": status.progress,
         "manifest": status.manifest if record.state is JobState.SUCCEEDED else None,
     }
-
-
-def last_lines(path: Path, count: int) -> str:
-    """The last `count` lines of a file, of at most `_TAIL_LIMIT_BYTES`; nothing when there is no file."""
-    if count == 0 or not path.exists():
-        return ""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _TAIL_LIMIT_BYTES))
-        lines = deque(file, maxlen=count)
-    return b"".join(lines).decode(errors="replace")
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -193,8 +182,9 @@ async def _body(request: Request) -> bytes:
 def _specification(body: bytes) -> JobSpec:
     try:
         mapping = json.loads(body)
+        json.dumps(mapping, ensure_ascii=False).encode()  # JSON can write half a character; no file or answer can
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"the body is not JSON: {error}") from error
+        raise SpecError(f"the body is not JSON that UTF-8 can hold: {error}") from error
     return JobSpec.from_mapping(mapping)
 
 

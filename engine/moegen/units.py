@@ -1,8 +1,9 @@
-"""Bytes, rates and durations, read from and written for people."""
+"""Bytes, durations and moments, read from and written for people."""
 
 from __future__ import annotations
 
 import re
+import time
 
 from moegen.errors import SpecError
 
@@ -50,3 +51,8 @@ def format_duration(seconds: float) -> str:
     if whole >= 60:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole}s"
+
+
+def format_moment(unix_s: float) -> str:
+    """1790000000 -> `"2026-09-21 14:13 UTC"`."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_s))

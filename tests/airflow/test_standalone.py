@@ -47,7 +47,7 @@ def test_both_modes_give_the_same(airflow, service, stage):
     tables = [pq.read_table(f"{conf['output_uri']}/{task}") for task in ("waits", "defers")]
     assert tables[0].equals(tables[1])
     link = airflow.get(f"/dags/e2e_modes/dagRuns/{run_id}/taskInstances/defers/links")["extra_links"]["moegen job"]
-    assert link == f"{service.url}/v1/jobs/{manifests[1]['job_key']}"
+    assert link == f"{service.url}/jobs/{manifests[1]['job_key']}"
     assert "rows" in airflow.logs("e2e_modes", run_id, "defers")
 
 

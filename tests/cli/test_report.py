@@ -6,8 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,12 @@ from moegen.report.charts import Series, heat_map, histogram, lines, stacked
 from moegen.report.passes import Passes
 from moegen.spec import JobSpec
 
+from tests.html_page import HtmlPage
 from tests.tiny import tiny_checkpoint
 
 NASTY = "a<b> & \"c\" 'd' {{ 7*7 }}"
 SECTIONS = ["Throughput", "Predicted against measured", "Time by resource per pass", "Utilisation",
             "Tokens per expert", "Expert heat map", "Attempts", "Plan", "Model", "Machine"]  # fmt: skip
-VOID = {"meta"}
 
 
 @pytest.fixture(scope="module")
@@ -46,38 +44,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-class Page(HTMLParser):
-    """Its elements, checked to be closed in order; its headings and its visible text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[str] = []
-        self.headings: list[str] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        assert not {name for name, _ in attrs} & {"src", "href", "srcset", "onload"}
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open[-1:] == ["h2"]:
-            self.headings.append(data)
-        if "style" not in self._open:
-            self.text += data
-
-
-def page_of(output: Path, tmp_path: Path, *options: str) -> Page:
+def page_of(output: Path, tmp_path: Path, *options: str) -> HtmlPage:
     assert main(["report", str(output), "--out", str(tmp_path / "page.html"), *options]) == 0
-    return Page((tmp_path / "page.html").read_text())
+    return HtmlPage((tmp_path / "page.html").read_text())
 
 
 def test_the_page_of_a_real_job(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +54,7 @@ def test_the_page_of_a_real_job(output: Path, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == f"{tmp_path}/page.html\n"
     assert page.headings == SECTIONS
     assert "script" not in page.elements
+    assert page.links == []
     assert NASTY in page.text
     assert f"moegen: <script>{NASTY}" in page.text
     (attempt,) = json.loads((output / STATS_NAME).read_text())["attempts"]
@@ -176,7 +146,7 @@ def test_on_standard_output_and_without_torch(output: Path) -> None:
     command = [sys.executable, "-c", code, "report", str(output), "--out", "-"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
-    assert Page(run.stdout).headings == SECTIONS
+    assert HtmlPage(run.stdout).headings == SECTIONS
 
 
 # --- charts ---------------------------------------------------------------------------------------------------------

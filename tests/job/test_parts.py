@@ -18,7 +18,7 @@ from moegen.job.allowed import AllowedUris
 from moegen.job.device_lock import device_lock
 from moegen.job.digest import model_digest
 from moegen.job.progress import Meter, Progress
-from moegen.row import RowResult, Status
+from moegen.row import RowError, RowResult, Status
 from moegen.spec import JobSpec
 from moegen.table.part import Totals
 from safetensors.numpy import save_file
@@ -223,6 +223,22 @@ def test_meter_counts_resumed_rows_but_rates_only_new_ones() -> None:
         completion_tokens=40,
         statuses={"length": 1, "ok": 19, "skipped_null": 1},
     )
+
+
+def test_meter_tells_why_rows_have_no_answer_and_how_it_went() -> None:
+    clock, told = [5.0], list[Progress]()
+    meter = Meter(told.append, now=lambda: clock[0])
+    meter.planned({"threads": 2})
+    meter.resume(40, Totals(10, {"error": 10}, errors={"malformed_json": 9, "bad_prompt_type": 1}))
+    meter.enter("running")
+    for code in ("malformed_json", "too_long"):
+        meter.add_row(RowResult(0, Status.ERROR, error=RowError(code, "why", "read")))
+    clock[0] += 2.0
+    meter.add_pass(generated_tokens=20)
+    detail = told[-1].detail
+    assert detail.errors == {"bad_prompt_type": 1, "malformed_json": 10, "too_long": 1}
+    assert (detail.plan, detail.samples) == ({"threads": 2}, ((0.0, 10, 0), (2.0, 12, 20)))
+    assert "detail" not in told[-1].to_mapping()
 
 
 def test_rates_forget_the_distant_past() -> None:

@@ -112,6 +112,14 @@ def test_jsonl_table_with_everything_that_can_be_wrong(model: Path, tmp_path: Pa
     assert [*dict.fromkeys(progress.stage for progress in told)] == ["starting", "loading", "running", "finishing"]
     assert (told[-1].rows_done, told[-1].rows_committed, told[-1].rows_total) == (ROWS, ROWS, ROWS)
     assert told[-1].statuses == manifest.statuses
+    codes = Counter(row["error"]["code"] for row in rows if row["error"])
+    assert told[-1].detail.errors == codes
+    assert told[-1].detail.plan is not None
+    last_s, last_rows, last_tokens = told[-1].detail.samples[-1]
+    assert (last_s > 0, last_rows, last_tokens) == (True, ROWS, manifest.completion_tokens)
+
+    run_job(job, report=told.append)  # nothing is left: what is known stands in the parts
+    assert (told[-1].statuses, told[-1].detail.errors) == (manifest.statuses, codes)
 
 
 def test_parquet_table_with_everything_that_parquet_can_hold(model: Path, tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ def test_the_life_of_a_job(hook, spec):
     hook.cancel_job("life", owner=2)
     wait_until(lambda: hook.get_job("life")["state"] == "cancelled", "the job is cancelled", 60)
     assert isinstance(hook.get_logs("life", tail=5), str)
+    page = httpx.get(hook.job_url("life")).raise_for_status()  # where the link on a task leads
+    assert page.headers["content-type"].startswith("text/html")
+    assert "cancelled: life" in page.text
 
     assert hook.submit_job("life", spec, owner=3)["state"] in ("queued", "running")  # it resumes
     hook.cancel_job("life", owner=3)
@@ -68,3 +71,5 @@ def test_the_token(tmp_path, monkeypatch):
             ok, message = MoegenHook().test_connection()
             assert ok is works, message
             assert httpx.get(f"{service.url}/health").is_success
+            in_a_browser = httpx.get(MoegenHook().job_url("none"), auth=("anybody", token))
+            assert in_a_browser.status_code == (404 if works else 401)

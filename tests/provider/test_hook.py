@@ -90,7 +90,7 @@ def test_the_life_of_a_job(fake_service):
     assert hook.cancel_job("k", owner=1)["state"] == "queued"  # an older owner
     assert hook.cancel_job("k", owner=2)["state"] == "cancelled"
     assert hook.get_logs("k", tail=7) == "the last 7 lines"
-    assert hook.job_url("k") == f"{fake_service.url}/v1/jobs/k"
+    assert hook.job_url("k") == f"{fake_service.url}/jobs/k"
 
 
 def test_the_life_of_a_job_asynchronously(fake_service):

@@ -53,7 +53,7 @@ def test_waits_and_returns_the_manifest(fake_service):
     ctx = context()
     assert operator().execute(ctx) == MANIFEST
     assert fake_service.methods() == ["GET", "PUT", "GET", "GET", "GET", "GET"]
-    assert ctx["ti"].xcom[JOB_URL] == f"{fake_service.url}/v1/jobs/{only_job(fake_service)['key']}"
+    assert ctx["ti"].xcom[JOB_URL] == f"{fake_service.url}/jobs/{only_job(fake_service)['key']}"
 
 
 def test_deferred_returns_the_same(fake_service):

@@ -23,7 +23,7 @@ def test_pokes_until_the_manifest(fake_service):
     fake_service.on_get = lambda job: job.update(state=next(states), manifest=MANIFEST)
     ctx = context()
     assert sensor().execute(ctx) == MANIFEST
-    assert ctx["ti"].xcom[JOB_URL].endswith("/v1/jobs/k")
+    assert ctx["ti"].xcom[JOB_URL] == f"{fake_service.url}/jobs/k"
 
 
 def test_defers_and_completes(fake_service):

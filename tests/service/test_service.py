@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,6 +72,7 @@ def test_requests_that_are_refused(start: Start, job_of: JobOf) -> None:
     assert service.client.get("/v1/jobs/none/logs").status_code == 404
     assert service.client.delete("/v1/jobs/none").status_code == 404
     wrong = job_of("out", temprature=1)
+    half = json.dumps({**job_of("out"), "job": {"name": "half a character: \ud83d"}})
     for response, says in (
         (service.put("job", wrong), "did you mean 'temperature'"),
         (service.put("-job", job_of("out")), "cannot name a job"),
@@ -78,6 +80,7 @@ def test_requests_that_are_refused(start: Start, job_of: JobOf) -> None:
         (service.put("job", {**job_of("out"), "regex": "[a"}), "regex: cannot be compiled"),
         (service.client.put("/v1/jobs/job", content=b"input: yaml"), "not JSON"),
         (service.client.put("/v1/jobs/job", content=b"[" * 100_000), "not JSON"),
+        (service.client.put("/v1/jobs/job", content=half), "not JSON that UTF-8 can hold"),
         (service.client.put("/v1/jobs/job?owner=me", json=job_of("out")), "owner: 'me'"),
         (service.client.get("/v1/jobs?state=lost"), "state: 'lost'"),
     ):

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from moegen.job.samples import Point, Samples
 from moegen.row import RowResult
 from moegen.table.part import Totals
 
 _WINDOW_S = 120.0  # rates are over this much of the past: rows end in bursts, a pass at a time
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What the job's page shows beside the progress."""
+
+    errors: Mapping[str, int] = field(default_factory=dict)  # error code -> rows of the whole table
+    plan: Mapping[str, Any] | None = None  # once it is chosen
+    samples: Sequence[Point] = ()  # of this attempt
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,13 @@ class Progress:
     completion_tokens: int = 0
     statuses: Mapping[str, int] = field(default_factory=dict)
     engine: Mapping[str, Any] | None = None  # what the engine does, once it has made a pass: see `Attempt.live`
+    detail: Detail = field(default_factory=Detail, compare=False)  # no part of the HTTP API
 
     def to_mapping(self) -> dict[str, Any]:
-        return asdict(self)
+        """As the HTTP API has it."""
+        mapping = asdict(replace(self, detail=Detail()))
+        del mapping["detail"]
+        return mapping
 
 
 class Meter:
@@ -49,16 +63,24 @@ class Meter:
         self._total = self._done = self._seen = self._committed = 0
         self._prompt_tokens = self._completion_tokens = self._generated = 0
         self._statuses: dict[str, int] = {}
+        self._errors: dict[str, int] = {}
+        self._plan: Mapping[str, Any] | None = None
+        self._course = Samples()
+        self._began = now()
         self._samples: deque[tuple[float, int, int]] = deque()  # time, rows done, tokens generated
         self._live: Callable[[], Mapping[str, Any] | None] = lambda: None
         self._journaled: Callable[[], int] = lambda: 0
+
+    def planned(self, plan: Mapping[str, Any]) -> None:
+        """Tell of this plan with every progress from now on."""
+        self._plan = plan
 
     def resume(self, rows_total: int, committed: Totals, journaled: Totals | None = None) -> None:
         """The table has `rows_total` rows; the other counts are those of its committed parts and of the journal."""
         found = committed + (journaled or Totals())
         self._total, self._committed = rows_total, committed.rows
         self._done = self._seen = found.rows
-        self._statuses = dict(found.statuses)
+        self._statuses, self._errors = dict(found.statuses), dict(found.errors)
         self._prompt_tokens, self._completion_tokens = found.prompt_tokens, found.completion_tokens
 
     @property
@@ -73,7 +95,7 @@ class Meter:
     @property
     def totals(self) -> Totals:
         """Counts over all rows that are done, those of earlier runs included."""
-        return Totals(self._done, self._statuses, self._prompt_tokens, self._completion_tokens)
+        return Totals(self._done, self._statuses, self._prompt_tokens, self._completion_tokens, self._errors)
 
     def follow_journal(self, rows: Callable[[], int]) -> None:
         """Report what `rows` tells of rows that only the journal has with every progress from now on."""
@@ -87,7 +109,8 @@ class Meter:
         """The job is now `stage`; rates begin with `running`."""
         self._stage = stage
         if stage == "running":
-            self._samples.append((self._now(), self._done, self._generated))
+            self._began = self._now()
+            self._sample()
         self.report()
 
     def add_seen(self, rows: int) -> None:
@@ -100,6 +123,8 @@ class Meter:
         self._prompt_tokens += result.prompt_tokens or 0
         self._completion_tokens += result.completion_tokens or 0
         self._statuses[result.status.value] = self._statuses.get(result.status.value, 0) + 1
+        if result.error is not None:
+            self._errors[result.error.code] = self._errors.get(result.error.code, 0) + 1
 
     def add_committed(self, rows: int) -> None:
         """A part of `rows` rows is on storage."""
@@ -108,7 +133,7 @@ class Meter:
     def add_pass(self, generated_tokens: int) -> None:
         """The engine made a pass; reports."""
         self._generated += generated_tokens
-        self._samples.append((self._now(), self._done, self._generated))
+        self._sample()
         while len(self._samples) > 2 and self._samples[1][0] < self._samples[-1][0] - _WINDOW_S:
             self._samples.popleft()
         self.report()
@@ -134,7 +159,13 @@ class Meter:
             completion_tokens=self._completion_tokens,
             statuses=dict(sorted(self._statuses.items())),
             engine=self._live(),
+            detail=Detail(dict(sorted(self._errors.items())), self._plan, self._course.points),
         )
+
+    def _sample(self) -> None:
+        now = self._now()
+        self._samples.append((now, self._done, self._generated))
+        self._course.add(now - self._began, self._done, self._generated)
 
     def _rates(self) -> tuple[float, float]:
         """Rows and generated tokens per second over the window."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from moegen.storage import put_replace
 
 @dataclass(frozen=True)
 class RunnerStatus:
-    """`progress` and `manifest` as in docs/http-api.md; `error` is one line for people."""
+    """`progress` and `manifest` as in docs/http-api.md; `error` is one line for people; `detail` as `Detail` has it."""
 
     progress: dict[str, Any] | None = None
     error: str | None = None
     manifest: dict[str, Any] | None = None
+    detail: dict[str, Any] = field(default_factory=dict)  # what an older moegen did not tell is not in it
 
     def write(self, path: Path) -> None:
         """Raises `StorageError` when the file cannot be written."""

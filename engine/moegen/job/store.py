@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +22,14 @@ from typing import IO
 from moegen.errors import MoegenError, SpecError, StorageError
 from moegen.job import records
 from moegen.job.records import Record
+from moegen.job.samples import Point, joined
 from moegen.job.status import RunnerStatus
 from moegen.spec import JobSpec, JobState
 from moegen.storage import put_replace
+from moegen.units import MIB
+
+_MOST_ATTEMPTS = 20  # whose samples are read
+_TAIL_LIMIT_BYTES = 4 * MIB  # of a log's end
 
 
 class JobStore:
@@ -92,6 +98,25 @@ class JobStore:
             if status != RunnerStatus():
                 return status
         return RunnerStatus()
+
+    def samples(self, record: Record) -> list[Point]:
+        """The course of the job over its latest attempts: see `joined`."""
+        first = max(1, record.attempts - _MOST_ATTEMPTS + 1)
+        statuses = (
+            RunnerStatus.read(self.status_file(record.key, attempt)) for attempt in range(first, record.attempts + 1)
+        )
+        return joined(status.detail.get("samples", ()) for status in statuses)
+
+    def log_tail(self, record: Record, lines: int) -> str:
+        """The last lines of what the job's runners printed, of at most 4 MiB; nothing before there is any."""
+        path = self.log_file(record.key)
+        if lines == 0 or not path.exists():
+            return ""
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_LIMIT_BYTES))
+            tail = deque(file, maxlen=lines)
+        return b"".join(tail).decode(errors="replace")
 
     def observed(self, record: Record) -> Record:
         """The record with what its latest runner had done."""

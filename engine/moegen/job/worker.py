@@ -74,6 +74,7 @@ def run_job(
     meter.enter("starting")
     reader = TableReader(spec.input, needed_columns(spec))
     setup, columns = _Setup.of(spec, reader), result_columns(spec)
+    meter.planned(setup.plan.to_mapping())
     digest = model_digest(spec.model.uri)
     work = fingerprint(spec, digest, setup.tokenizer.digest, reader.files)
     key = spec.job.key or work[:16]

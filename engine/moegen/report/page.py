@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from markupsafe import Markup
 from moegen.errors import InputError, SpecError
 from moegen.job.stats_file import Stats
 from moegen.report.charts import HEAT_STEPS, Series, heat_map, histogram, lines, stacked
+from moegen.report.pairs import pairs
 from moegen.report.passes import Passes
 from moegen.report.template import TEMPLATE
 from moegen.run.stats import Ints
 from moegen.table.manifest import Manifest, read_manifest
-from moegen.units import format_bytes
+from moegen.units import format_bytes, format_moment
 
 NOT_MEASURED = "not measured"
 _LOAD_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 1.75, 2.5, 4.0)  # times a layer's mean
@@ -94,9 +94,9 @@ def _rendered(output_uri: str, stats: Stats, index: int, manifest: Manifest | No
         ],
         tables=[
             _attempts(stats.attempts),
-            Table("Plan", _pairs(shown["plan"])),
-            Table("Model", _pairs(shown["model"])),
-            Table("Machine", _pairs(shown["machine"])),
+            Table("Plan", pairs(shown["plan"])),
+            Table("Model", pairs(shown["model"])),
+            Table("Machine", pairs(shown["machine"])),
         ],
     )
 
@@ -108,9 +108,8 @@ def _lines(output_uri: str, stats: Stats, index: int, manifest: Manifest | None)
         counts = ", ".join(f"{count:,} {status}" for status, count in manifest.statuses.items())
         lines.append(f"{manifest.rows:,} rows ({counts}), {manifest.completion_tokens:,} generated tokens in its parts")
     which = f"attempt {index + 1} of {len(stats.attempts)}" if len(stats.attempts) > 1 else "one attempt"
-    lines.append(
-        f"Figures of {which}, {_moment(shown['started_at'])}, moegen {shown['engine_version']}: {shown['outcome']}"
-    )
+    when = format_moment(shown["started_at"])
+    lines.append(f"Figures of {which}, {when}, moegen {shown['engine_version']}: {shown['outcome']}")
     return lines
 
 
@@ -147,10 +146,6 @@ def _known(value: Any, form: str, otherwise: str = NOT_MEASURED) -> str:
 
 def _share(value: float | None) -> str:
     return _known(value, "{:.1%}")
-
-
-def _moment(unix_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_s))
 
 
 # --- charts ---------------------------------------------------------------------------------------------------------
@@ -275,46 +270,10 @@ def _layer_label(name: str) -> str:
 
 def _attempts(attempts: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
-        (str(number), _moment(entry["started_at"]), entry["outcome"], f"{entry['resumed_rows']:,}",
+        (str(number), format_moment(entry["started_at"]), entry["outcome"], f"{entry['resumed_rows']:,}",
          f"{entry['total']['passes']:,}", f"{entry['total']['generated_tokens']:,}",
          f"{entry['total']['seconds']:,.1f} s", f"{entry['total']['tokens_per_s']:,.1f}")
         for number, entry in enumerate(attempts, 1)
     ]  # fmt: skip
     names = ("attempt", "began", "outcome", "rows found", "passes", "generated", "time", "tokens/s")
     return Table("Attempts", rows, names)
-
-
-def _pairs(mapping: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Name and value of everything in a nested mapping; curves, which are keyed by numbers, stay in one cell."""
-    pairs: list[tuple[str, str]] = []
-    for name, value in mapping.items():
-        path = f"{above}{name}".replace("_", " ")
-        if isinstance(value, Mapping) and not _is_curve(value):
-            pairs += _pairs(value, f"{path}: ") if any(value.values()) else [(path, "-")]
-        else:
-            pairs.append((path, _cell(path, value)))
-    return pairs
-
-
-def _is_curve(value: Mapping[str, Any]) -> bool:
-    return all(key.isdigit() for key in value)
-
-
-def _cell(path: str, value: Any) -> str:
-    if value is None or value == {}:
-        return "-"
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_cell(path, each)}" for key, each in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return _measure(path, value) if isinstance(value, (int, float)) else str(value)
-
-
-def _measure(path: str, value: float) -> str:
-    if "flops per s" in path:
-        return f"{value / 1e9:,.1f} GFLOP/s"
-    if "bytes per s" in path:
-        return f"{value / 1e9:,.2f} GB/s"
-    if path.endswith("bytes") or path.startswith(("host: ", "device memory: ")):
-        return format_bytes(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

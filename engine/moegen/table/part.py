@@ -23,12 +23,13 @@ _NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.(parquet|arrow)")
 
 @dataclass(frozen=True)
 class Totals:
-    """Rows, how many of them have which status, and tokens."""
+    """Rows, how many of them have which status and which error, and tokens."""
 
     rows: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    errors: dict[str, int] = field(default_factory=dict)  # error code -> rows
 
     @classmethod
     def of(cls, results: Iterable[RowResult]) -> Totals:
@@ -38,6 +39,7 @@ class Totals:
             dict(sorted(Counter(result.status.value for result in results).items())),
             sum(result.prompt_tokens or 0 for result in results),
             sum(result.completion_tokens or 0 for result in results),
+            dict(sorted(Counter(result.error.code for result in results if result.error is not None).items())),
         )
 
     @property
@@ -60,6 +62,7 @@ class Totals:
             dict(sorted((Counter(self.statuses) + Counter(other.statuses)).items())),
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
+            dict(sorted((Counter(self.errors) + Counter(other.errors)).items())),
         )
 
 
