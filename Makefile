@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Two workers: most of the time goes into waiting for services and Airflow to start. A file stays with one worker.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: install demo test check bench bench-gpu lock clean
+.PHONY: install demo test check docs bench bench-gpu lock clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ as a site in build/docs; a link that leads nowhere is an error.
+docs: install
+	$(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/python benchmarks/throughput.py
