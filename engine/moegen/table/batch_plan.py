@@ -100,18 +100,25 @@ class BatchPlan:
 
     def _differing(self, earlier: BatchPlan) -> Iterator[str]:
         """Names, never values: those may hold what no log should."""
-        for section in sorted(self.spec.keys() | earlier.spec.keys()):
-            if section not in CIRCUMSTANCES:
-                ours, theirs = self.spec.get(section, {}), earlier.spec.get(section, {})
-                names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-                yield from (f"{section}.{name}" for name in names if (section, name) not in _ELSEWHERE)
+        ours, theirs = _fields(self.spec), _fields(earlier.spec)
+        yield from sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if self.model_digest != earlier.model_digest:
             yield "the model"
         if self.tokenizer_digest != earlier.tokenizer_digest:
             yield "its tokenizer"
 
 
-_ELSEWHERE = (("input", "uri"), ("output", "uri"), ("output", "mode"))  # no part of the fingerprint
+_ELSEWHERE = ("input.uri", "output.uri", "output.mode")  # no part of the fingerprint
+
+
+def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.field` -> value, of what the fingerprint is made of; a field outside any section as it is."""
+    found: dict[str, Any] = {}
+    for section, values in spec.items():
+        if section not in CIRCUMSTANCES:
+            inner = values if isinstance(values, Mapping) else {"": values}
+            found |= {f"{section}.{name}".rstrip("."): value for name, value in inner.items()}
+    return {name: value for name, value in found.items() if name not in _ELSEWHERE}
 
 
 def _changed(earlier: Sequence[InputFile], now: Sequence[InputFile]) -> str:
