@@ -134,6 +134,8 @@ def _plain(value: Any) -> Any:
 
 
 def _result(text: str) -> RowResult:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
-    error = values["error"] and RowError(**values["error"])
+    values: dict[str, Any] = json.loads(text)
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    error = RowError(**values["error"]) if values["error"] is not None else None
     return RowResult(**{**values, "status": Status(values["status"]), "error": error})
