@@ -197,5 +197,6 @@ def test_killed_doubled_paused_and_poisoned_jobs_end_with_the_right_table(tmp_pa
     assert found["pairs"]["who_left_said_why"]
     assert (found["pauses"]["noticed"], found["pauses"]["parts_untouched"]) == (2, True)
     poison = found["poison"]
-    assert (poison["endings"], poison["status"], poison["attempts"]) == ([-9, -9, -9, 0], "quarantined", 3)
+    assert poison["endings"] in ([-9] * 3 + [0], [-9] * 4 + [0])  # the first crash may come before the row is named
+    assert (poison["status"], poison["error"], poison["attempts"]) == ("quarantined", "engine_crash", 3)
     assert poison["others_equal"]

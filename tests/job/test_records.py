@@ -105,7 +105,7 @@ def test_a_lost_runner_is_started_again_as_long_as_a_poison_row_may_take(exit_co
         record = records.end_attempt(records.start(record, 2.0), attempt, exit_code, None, 9.0)
     assert record.state is JobState.FAILED
     assert record.error is not None
-    assert "4 times in a row without progress" in record.error
+    assert "5 times in a row without progress" in record.error
 
 
 def test_progress_starts_the_count_again() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from moegen.errors import Interrupted, MoegenError, SpecError
 from moegen.spec import JOB_KEY, JobSpec, JobState
 
-MAX_BARREN_ATTEMPTS = 4  # runners lost in a row, without a row saved, before the job fails; a poison row takes three
+MAX_BARREN_ATTEMPTS = 5  # runners lost in a row, without a row saved, before the job fails; a poison row takes four
 
 
 class KeyConflict(MoegenError):
