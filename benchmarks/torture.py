@@ -15,6 +15,7 @@ which the engine really dies.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -67,6 +68,7 @@ class Runner:
             with self.log.open("ab") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
+            faulthandler.enable(2)  # a crash that nobody planned says where
             moegen.cli._STATUS_EVERY_S = 0.0  # every pass is told, so that it is known what a kill costs
             fault()
             code = moegen.cli.main(command)
@@ -227,7 +229,8 @@ def kill_until_done(
             killed[-1].resumed_at(found)
         if kill is None:
             if runner.exit_code != 0:
-                raise AssertionError(f"a resumed run ended with {runner.exit_code}; see {runner.log}")
+                said = runner.log.read_text()[-4000:]
+                raise AssertionError(f"a resumed run ended with {runner.exit_code} after {len(killed)} kills:\n{said}")
             return killed
         if found is None and killed:  # it was killed before it had looked at what was there
             kill.rows_done, kill.moments = killed[-1].rows_done, killed[-1].moments
