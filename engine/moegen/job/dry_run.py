@@ -13,7 +13,7 @@ import numpy as np
 
 from moegen.job.answers import Answers
 from moegen.job.forecast import Forecast, forecast
-from moegen.job.lengths import table_workload
+from moegen.job.lengths import table_workload, work
 from moegen.job.prepare import Prepared, Preparer, needed_columns
 from moegen.plan.machine import Machine
 from moegen.plan.search import choose_plan
@@ -155,13 +155,6 @@ def dry_run(spec: JobSpec) -> DryRun:
         columns={column.name: str(column.type) for column in schema},
         estimate=forecast(Yardstick(shape, machine, plan), known, asked),
     )
-
-
-def work(request: Request) -> tuple[int, int]:
-    """Prompt tokens and answer tokens that take as long as this row: continuations are computed like prompts."""
-    if not request.continuations:
-        return len(request.token_ids), request.params.max_tokens
-    return len(request.token_ids) + sum(len(tokens) - 1 for tokens in request.continuations), 1
 
 
 def _digest(request: Request) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moegen.job.prepare import Prepared, Preparer
 from moegen.plan.workload import Workload
+from moegen.schedule.sequence import Request
 from moegen.table.reader import TableReader
 
 _STRETCHES = 4
@@ -23,9 +24,16 @@ def table_workload(reader: TableReader, preparer: Preparer) -> Workload | None:
         return first_row % stride + rows >= stride
 
     lengths = [
-        (len(row.request.token_ids), row.request.params.max_tokens)
+        work(row.request)
         for batch in reader.batches(chosen)
         for row in preparer.prepare(list(enumerate(batch.values, batch.first_row)))
         if isinstance(row, Prepared)
     ]
     return Workload(reader.rows, tuple(lengths)) if lengths else None
+
+
+def work(request: Request) -> tuple[int, int]:
+    """Prompt tokens and answer tokens that take as long as this row: continuations are computed like prompts."""
+    if not request.continuations:
+        return len(request.token_ids), request.params.max_tokens
+    return len(request.token_ids) + sum(len(tokens) - 1 for tokens in request.continuations), 1

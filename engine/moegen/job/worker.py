@@ -172,7 +172,7 @@ def _engine(spec: JobSpec, setup: _Setup, begun: _Begun, meter: Meter) -> Iterat
     with Engine.open(spec.model.uri, setup.plan, tokenizer=setup.tokenizer) as engine:
         load_s = time.monotonic() - loading
         yardstick = Yardstick(setup.shape, setup.machine, setup.plan)
-        promised = forecast(yardstick, setup.workload, begun.rows_left)
+        promised = forecast(yardstick, setup.workload, begun.rows_left * setup.answers.per_row)
         about = {
             "model_uri": spec.model.uri,
             "resumed_rows": begun.committed_rows,
