@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Bits = npt.NDArray[np.uint8]  # one bit per token, the lowest first: `[S, B]` with B = ceil(V / 8)
 
-_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}  # unbounded, a model may write nothing else
+_JSON_OPTIONS: Any = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": "[ ]?",
+}  # unbounded, a model may write nothing else
 _REASON_LIMIT = 500  # characters of the library's reason: it may quote the whole schema
 
 
@@ -56,7 +59,7 @@ def _compiled(spec: JobSpec) -> str:
     elif spec.choices:
         grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in spec.choices))
     else:
-        grammar = LLMatcher.grammar_from_regex(spec.regex)
+        grammar = LLMatcher.grammar_from_regex(spec.regex or "")
     return str(grammar)
 
 
