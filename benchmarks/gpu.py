@@ -28,7 +28,7 @@ import re
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Stage:
 def stages(tiny: bool) -> list[Stage]:
     """All of them, in order."""
     cap = TINY_CAP if tiny else CAP
-    lengths = {"prompt": 24, "answer": 8} if tiny else {"prompt": 512, "answer": 256}
+    lengths = {"prompt": 24, "answer": 16} if tiny else {"prompt": 512, "answer": 256}
 
     def job(name: str, model: str, device_memory: str | None, **more: Any) -> Case:
         return Case(name, "job_case", {"geometry": model, "device_memory": device_memory, **lengths, **more})
@@ -167,12 +167,14 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=names, choices=names)
     parser.add_argument("--tiny", action="store_true", help="sizes that take no time, to see that everything runs")
     parser.add_argument("--seconds", type=float, default=1500, help="for all stages together")
+    parser.add_argument("--stage-seconds", type=float, help="for each stage, instead of its own limit")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER")
     args = parser.parse_args()
     machine = Machine.detect(args.device)
     label = "cpu" if machine.device == "cpu" else re.sub(r"\W+", "_", machine.device_name).strip("_")
     results = Results(args.out / f"gpu_{label}.json", machine, args.tiny)
-    chosen = [stage for stage in stages(args.tiny) if stage.name in args.stages]
+    limits = {"seconds": args.stage_seconds} if args.stage_seconds else {}
+    chosen = [replace(stage, **limits) for stage in stages(args.tiny) if stage.name in args.stages]
     fine = run(chosen, results, args.device, args.tiny, args.seconds)
     for name, ratio in results.document.get("ratios", {}).items():
         print(f"moegen / {name}: {ratio:.2f}")

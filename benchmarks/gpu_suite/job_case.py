@@ -38,13 +38,14 @@ _SPARE_S = 12.0  # to end in
 _PASS_TOKENS = 8192  # so that the first prompts are through in time; a pass of the steady state has fewer
 _ENOUGH_PASSES, _ENOUGH_TINY = 64, 12
 _ENOUGH_FULL_PASSES = 16  # all alike
+_TINY = {"pass_tokens": 512, "kv_pages": 64}
 
 
 def choose(setting: Setting, shape: ModelShape, machine: Machine, work: Workload) -> tuple[Plan, Prediction | None]:
     """The planner's own plan; with keys and values where it predicts more."""
     choice = setting.choice
     model_based = choice.get("model_based")
-    pass_tokens = model_based or (None if setting.tiny else _PASS_TOKENS)
+    pass_tokens = model_based or (_TINY["pass_tokens"] if setting.tiny else _PASS_TOKENS)
     homes = ["device"] if machine.device == "cpu" or model_based else ["device", "host"]
     found: list[tuple[Plan, Prediction | None]] = []
     refusals: list[BudgetError] = []
@@ -53,6 +54,7 @@ def choose(setting: Setting, shape: ModelShape, machine: Machine, work: Workload
             kv_home=home,  # type: ignore[arg-type]
             pass_tokens=pass_tokens,
             attention_tokens=model_based,
+            kv_pages=_TINY["kv_pages"] if setting.tiny else None,
         )
         asked = EngineSpec(
             device=setting.device, host_memory=str(_host_budget(machine)), device_memory=choice["device_memory"],
@@ -108,7 +110,7 @@ def main() -> None:
         steady = run_steady(engine, choice["prompt"], choice["answer"], desk.until(_SPARE_S), most)
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     if steady is None:
-        raise SystemExit("the time was over before the first prompts had been computed")
+        raise SystemExit("the time was over before the first prompts had been computed; give the stage more")
     device_bytes = machine.device_memory_bytes
     if choice["device_memory"]:
         device_bytes = min(parse_bytes(choice["device_memory"], "device_memory"), device_bytes)

@@ -3,7 +3,8 @@
 A job that begins with empty pages is in its steady state only when the first rows have ended: for 256 new tokens at two
 seconds a pass, after nine minutes. Here it begins with as many rows as the pages hold, their ages spread evenly: a row
 of age a has a further tokens in its prompt and as many fewer to go. Once these prompts have been computed, every pass
-has the mix of ages, contexts and new prompts that the endless job has, and is measured.
+has the mix of ages, contexts and new prompts that the endless job has, and is measured. (Pages have to be what bounds
+the rows in flight, as on a machine with little memory: where it is the tokens of a pass, no pass ever has room.)
 
 Passes of few tokens would take too long to compute these prompts. But there all passes have equally many tokens,
 prompts or not, and take equally long: `seconds_of_a_full_pass` is measured from the start.
@@ -65,7 +66,8 @@ def run_steady(engine: Engine, prompt: int, answer: int, until: float, most_pass
             continue
         if warm_seconds is None:
             prefilled, warm = prefilled + report.prefill_tokens, warm + 1
-            if prefilled >= beginning:
+            # Rows that ended meanwhile have left prompts to catch up with: until passes have room again.
+            if prefilled >= beginning and report.tokens < engine.plan.pass_tokens:
                 warm_seconds = time.monotonic() - started
         else:
             one = Span.of(report)

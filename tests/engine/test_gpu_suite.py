@@ -14,6 +14,7 @@ from typing import Any
 import moegen
 import numpy as np
 import pytest
+import torch
 from moegen.plan.machine import Machine, Rates
 from moegen.plan.workload import Workload
 from moegen.shape import ModelShape
@@ -46,15 +47,26 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def found(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("out")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--out", str(out)]
+def run_suite(environment: dict[str, str], out: Path, *arguments: str) -> dict[str, Any]:
+    """What it wrote down."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), *arguments]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert str(out / "gpu_cpu.json") in done.stdout
-    document: dict[str, Any] = json.loads((out / "gpu_cpu.json").read_text())
+    (written,) = out.glob("gpu_*.json")
+    assert str(written) in done.stdout
+    document: dict[str, Any] = json.loads(written.read_text())
     return document
+
+
+@pytest.fixture(scope="module")
+def found(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_suite(environment, tmp_path_factory.mktemp("out"), "--tiny", "--device", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_answers_as_a_cpu_does(environment: dict[str, str], tmp_path: Path) -> None:
+    assert run_suite(environment, tmp_path, "--stages", "equal")["stages"]["equal"]["equal"]["equal"]
 
 
 def test_every_case_of_every_stage_ran(found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from moegen.errors import BudgetError
+from moegen.memory.weight_home import WeightHomes
 from moegen.ops.micro_batch import MicroBatch
 from moegen.run.engine import Engine
 from moegen.schedule.sequence import Request
@@ -106,9 +107,16 @@ def test_not_even_one_token(checkpoint: Path) -> None:
         run(engine, [Request(0, (1,), Sampling(max_tokens=1))])
 
 
-def test_a_model_that_finds_no_room_says_so(checkpoint: Path) -> None:
-    with SmallDevice(60_000), pytest.raises(BudgetError, match=r"engine\.device_memory: .* Tried to allocate"):
-        opened(checkpoint)  # the experts of a layer have 98,304 bytes
+def test_a_model_that_finds_no_room_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = WeightHomes.settle
+
+    def on_a_small_device(*arguments: Any, **options: Any) -> WeightHomes:
+        with SmallDevice(60_000):  # the experts of a layer have 98,304 bytes
+            return settle(*arguments, **options)
+
+    monkeypatch.setattr(WeightHomes, "settle", on_a_small_device)
+    with pytest.raises(BudgetError, match=r"engine\.device_memory: .* Tried to allocate 98304 bytes"):
+        opened(checkpoint)
 
 
 def test_other_errors_pass() -> None:
