@@ -111,11 +111,11 @@ def test_a_model_that_finds_no_room_says_so(checkpoint: Path, monkeypatch: pytes
     settle = WeightHomes.settle
 
     def on_a_small_device(*arguments: Any, **options: Any) -> WeightHomes:
-        with SmallDevice(60_000):  # the experts of a layer have 98,304 bytes
+        with SmallDevice(60_000):  # the experts of a layer have more
             return settle(*arguments, **options)
 
     monkeypatch.setattr(WeightHomes, "settle", on_a_small_device)
-    with pytest.raises(BudgetError, match=r"engine\.device_memory: .* Tried to allocate 98304 bytes"):
+    with pytest.raises(BudgetError, match=r"engine\.device_memory: .*Tried to allocate"):
         opened(checkpoint)
 
 
