@@ -129,7 +129,7 @@ def test_a_job_that_failed(start: Start, job_of: JobOf) -> None:
     said = words(page)
     assert said.count("did you mean 'prompt'") == 2  # the error, and the log
     assert "exit code 64" in said
-    for nothing in ("not counted yet", "No row has run.", "No row is done."):
+    for nothing in ("not counted ", "No row has run.", "No row is done."):
         assert nothing in said
     assert page.refresh_s is None
     assert "failed" in words(page_of(service, "/jobs"))
@@ -159,7 +159,13 @@ def test_jobs_that_run_and_wait(start: Start, job_of: JobOf) -> None:
     waits = page_of(service, "/jobs/alpha")
     assert waits.headings == SECTIONS
     assert (waits.refresh_s, waits.links[:2]) == (5, ["../jobs", "?refresh=0"])
-    for nothing in ("queued number 2 in the queue", "No row has run.", "No plan has been made.", "Nothing has been"):
+    for nothing in (
+        "queued number 2 in the queue",
+        "not counted yet",
+        "No row has run.",
+        "No plan has been made.",
+        "Nothing has been",
+    ):
         assert nothing in words(waits)
     assert "next to run" in words(page_of(service, "/jobs/zulu"))
 

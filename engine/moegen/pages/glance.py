@@ -53,7 +53,7 @@ class Glance:
     @property
     def rows(self) -> str:
         if not self.rows_total and self.state is not JobState.SUCCEEDED:
-            return "not counted yet"
+            return "not counted" if self.state.ended else "not counted yet"
         return f"{self.rows_done:,} of {self.rows_total:,} rows ({100 * self.share:.1f} %)"
 
     @property
