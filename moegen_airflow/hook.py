@@ -49,7 +49,10 @@ class MoegenHook(BaseHook):
     async def aendpoint(self) -> Endpoint:
         if self._endpoint is None:
             connection = await self.aget_connection(self.moegen_conn_id)
-            self._endpoint = Endpoint.from_connection(connection, await connection.aextra_dejson())
+            # Core's secrets backends (a connections file, say) give a Connection that knows only the property.
+            read = getattr(connection, "aextra_dejson", None)
+            extra = connection.extra_dejson if read is None else await read()
+            self._endpoint = Endpoint.from_connection(connection, extra)
         return self._endpoint
 
     def get_conn(self) -> httpx.Client:

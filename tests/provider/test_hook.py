@@ -181,3 +181,20 @@ def test_connection_test_reaches_the_service_and_checks_the_token(fake_service, 
     ok, message = MoegenHook().test_connection()
     assert not ok
     assert "the token is wrong" in message
+
+
+def test_a_connection_of_a_core_secrets_backend_serves_the_event_loop_too(tmp_path, monkeypatch):
+    """`LocalFilesystemBackend` gives core's Connection, which has no coroutine for its extra."""
+    from airflow.secrets.local_filesystem import LocalFilesystemBackend
+
+    (tmp_path / "connections.json").write_text(
+        json.dumps({"filed": {"conn_type": "moegen", "host": "moegen", "extra": {"request_timeout": 7}}})
+    )
+    found = LocalFilesystemBackend(connections_file_path=str(tmp_path / "connections.json")).get_connection("filed")
+
+    async def lookup(conn_id):
+        return found
+
+    monkeypatch.setattr(MoegenHook, "aget_connection", staticmethod(lookup))
+    endpoint = asyncio.run(MoegenHook("filed").aendpoint())
+    assert (endpoint.url, endpoint.request_timeout_s) == ("http://moegen", 7.0)
