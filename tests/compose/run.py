@@ -26,7 +26,7 @@ ROWS = 2_212  # of the demo's table
 QUICK = {"sampling": {"max_tokens": 32}}
 # Long answers, few rows at a time: parts are committed one after the other, and something can happen in between.
 LONG = {
-    "sampling": {"max_tokens": 128, "ignore_eos": True},
+    "sampling": {"max_tokens": 32, "ignore_eos": True},
     "engine": {"plan": {"kv_pages": 512, "page_tokens": 16}},
 }
 Mapping = dict[str, Any]
