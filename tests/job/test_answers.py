@@ -54,6 +54,7 @@ def spec(model: Path, table: Path, output: Path, /, **sections: Any) -> JobSpec:
         "model": {"uri": str(model)},
         "sampling": {"max_tokens": 120, "temperature": 1.0},
         "output": {"uri": str(output), "rows_per_part": 16},
+        "errors": {"max_error_rate": 1},
     }
     merged = {name: {**base.get(name, {}), **value} for name, value in sections.items() if isinstance(value, dict)
               and name != "output_schema"}  # fmt: skip
