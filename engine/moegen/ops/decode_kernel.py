@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import numba_threads
 from moegen.ops.vectors import (
     BLOCK,
@@ -50,6 +51,7 @@ KV_DTYPES = (torch.float32, torch.bfloat16)  # of the pages that the kernel read
 _PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
 _FLOAT = 4  # bytes
 
+lock_kernel_cache()
 _jit = numba.njit(error_model="numpy")
 
 

@@ -27,7 +27,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.vector_ir import I64, LANES, LINE_BYTES, V32, VF, call, halves, i64, prefetch, splat, vf
+
+lock_kernel_cache()
 
 
 @dataclass(frozen=True)
