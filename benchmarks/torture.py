@@ -377,14 +377,15 @@ def poison(bench: Bench, row: int) -> dict[str, Any]:
 def die_with(row: int) -> None:
     """From now on the engine of this process dies in the first pass that holds the row."""
     from moegen.run.engine import Engine
+    from moegen.run.masks import Masks
     from moegen.schedule.step import Step
 
     next_tokens = Engine._next_tokens
 
-    def dying(engine: Engine, step: Step) -> list[int]:
+    def dying(engine: Engine, step: Step, masks: Masks) -> list[int]:
         if any(chunk.sequence.request.row_index == row for chunk in step.chunks):
             os.kill(os.getpid(), signal.SIGKILL)
-        return next_tokens(engine, step)
+        return next_tokens(engine, step, masks)
 
     Engine._next_tokens = dying  # type: ignore[method-assign]
 

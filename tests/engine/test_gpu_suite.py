@@ -27,11 +27,10 @@ ROOT = Path(__file__).parents[2]
 # What the suite's own code, and the engine's under it, may import beside the standard library.
 ALLOWED = {"torch", "transformers", "safetensors", "numpy", "pyarrow", "fsspec", "numba", "llvmlite", "psutil", "rich"}
 BLOCKED = ("fastapi", "starlette", "uvicorn", "prometheus_client", "jinja2", "airflow", "moegen_airflow", "s3fs")
-STAGES = {
+STAGES = {  # without qwen3, which is mixtral's code with other numbers
     "equal": ["equal"],
     "probe": ["probe"],
     "mixtral": ["capped", "uncapped"],
-    "qwen3": ["capped", "uncapped"],
     "peers": ["model-based, 16 tokens", "model-based, 32 tokens", "accelerate, batch 2"],
 }
 
@@ -62,7 +61,9 @@ def run_suite(environment: dict[str, str], out: Path, *arguments: str) -> dict[s
 @pytest.fixture(scope="module")
 def found(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     patience = ("--stage-seconds", "400", "--seconds", "800")  # a busy machine's cases take as long as they take
-    return run_suite(environment, tmp_path_factory.mktemp("out"), "--tiny", "--device", "cpu", *patience)
+    return run_suite(
+        environment, tmp_path_factory.mktemp("out"), "--tiny", "--device", "cpu", "--stages", *STAGES, *patience
+    )
 
 
 @pytest.mark.gpu
@@ -85,9 +86,8 @@ def test_what_is_equal_was_compared(found: dict[str, Any]) -> None:
     assert equal["homes"]["disk"] == {"rows": 1, "tokens": 1}
 
 
-@pytest.mark.parametrize("model", ["mixtral", "qwen3"])
-def test_a_model_is_measured_against_its_bounds_and_its_plan(found: dict[str, Any], model: str) -> None:
-    for case in found["stages"][model].values():
+def test_a_model_is_measured_against_its_bounds_and_its_plan(found: dict[str, Any]) -> None:
+    for case in found["stages"]["mixtral"].values():
         assert case["steady"]
         assert case["tokens_per_s"] > 0
         for bound in (case["bound_by_capacity"], case["bound_by_traffic"]):

@@ -36,6 +36,7 @@ def mapping(model: Path, folder: Path, rows: list[dict[str, Any]], **sections: A
         "model": {"uri": str(model)},
         "sampling": {"max_tokens": 6},
         "output": {"uri": str(folder / "out")},
+        "errors": {"max_error_rate": 1},
     }
     return {**base, **sections}
 

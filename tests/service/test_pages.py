@@ -55,7 +55,8 @@ def table_with_trouble(folder: Path) -> Path:
 def test_a_job_that_succeeded(start: Start, job_of: JobOf, tmp_path: Path) -> None:
     service = start()
     spec = job_of("out", max_tokens=4)
-    service.put("trouble", {**spec, "input": {"uri": str(table_with_trouble(tmp_path))}})
+    trouble = {"input": {"uri": str(table_with_trouble(tmp_path))}, "errors": {"max_error_rate": 1}}
+    service.put("trouble", {**spec, **trouble})
     job = service.wait_end("trouble")
     assert job["state"] == "succeeded"
 

@@ -26,6 +26,13 @@ FULL = RowResult(
     input_truncated=True,
     token_ids=(1, 2, 3),
     prompt_rendered="<p>",
+    output_json={"a": [1, {"b": None}]},
+    logprobs=({"token_id": 1, "logprob": -0.5, "top": [{"token_id": 1, "logprob": -0.5}]},),
+    label="a",
+    label_prob=0.75,
+    label_probs=(0.75, 0.25),
+    score=-1.5,
+    score_tokens=3,
 )
 
 
