@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from moegen.text import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.engine.parts import plan, run
-from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = 60
 END_TOKENS = [256, 258]
@@ -43,24 +43,6 @@ SIZES = [
         "level_tokens": 2,
     },
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), seed=5)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(checkpoint: Path) -> Tokenizer:
-    return Tokenizer(checkpoint)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _params(row: int, greedy: bool) -> Sampling:

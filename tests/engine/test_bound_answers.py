@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from moegen.text import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tests.engine.parts import plan, run
-from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = 48
 END_TOKENS = (256, 258)
@@ -48,16 +48,6 @@ FORMS: dict[str, dict[str, Any]] = {
 LARGE = {"attention_tokens": 512, "expert_tokens": 4096, "page_tokens": 32, "kv_pages": 512, "pass_tokens": 1024}
 SMALL = {"attention_tokens": 9, "expert_tokens": 64, "page_tokens": 4, "kv_pages": 40, "pass_tokens": 40,
          "logit_tokens": 5}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), seed=5)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(checkpoint: Path) -> Tokenizer:
-    return Tokenizer(checkpoint)
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -232,11 +222,3 @@ def test_an_answer_that_the_library_gives_up_is_a_row_with_an_error(checkpoint: 
     assert len(errors) == ROWS // 3
     assert {row.error.code for row in errors if row.error} == {"grammar_failed"}
     assert all(is_of("choices", row.text) for row in rows.values() if row.status is Status.OK)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

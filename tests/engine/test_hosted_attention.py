@@ -5,7 +5,6 @@ The device is the CPU here; all that goes between it and the host is copied all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +28,11 @@ from tests.engine.parts import plan, run
 from tests.engine.test_attention import KV_HEADS, Case, LongCase, _rules
 from tests.tiny import tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SHAPES = [(1, (8, 8), 1), (2, (16, 16), 4), (3, (16, 8), 5), (4, (64, 64), 16), (7, (24, 40), 32)]
 SHARES = [0.0, 0.4, 1.0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def page_bytes(pages: LayerPages) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,8 @@ from moegen.text import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.engine.parts import plan, run
-from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = [
     {"attention_tokens": 512, "expert_tokens": 4096, "page_tokens": 32, "kv_pages": 512, "pass_tokens": 1024},
@@ -29,21 +29,8 @@ SIZES = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), seed=5)
-
-
-@pytest.fixture(scope="module")
 def model(checkpoint: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rated(rows: int) -> list[Request]:

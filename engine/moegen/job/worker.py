@@ -109,8 +109,8 @@ def run_job(
                 batches, writer, meter, setup.answers, keeper, rules,
                 found=found, crashes=marks.crashes, quarantine_after=spec.errors.quarantine_after, check=check,
             )  # fmt: skip
-            begun = _Begun(work, reader.rows, writer.resumed.rows, journaled.rows)
-            with device or nullcontext(), keeper, closing(batches), _engine(spec, setup, begun, meter) as engine:
+            inherited = _Inherited(work, reader.rows, writer.resumed.rows, journaled.rows)
+            with device or nullcontext(), keeper, closing(batches), _engine(spec, setup, inherited, meter) as engine:
                 flight.run(engine)
         meter.enter("finishing")
         manifest = writer.finish(
@@ -146,7 +146,7 @@ class _Setup:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _Inherited:
     """How far earlier runs brought the work."""
 
     work: str  # its fingerprint
@@ -160,9 +160,9 @@ class _Begun:
 
 
 @contextmanager
-def _engine(spec: JobSpec, setup: _Setup, begun: _Begun, meter: Meter) -> Iterator[RowGenerator]:
+def _engine(spec: JobSpec, setup: _Setup, inherited: _Inherited, meter: Meter) -> Iterator[RowGenerator]:
     """The model, loaded, and every pass counted; no model where no row is left to run."""
-    if begun.rows_left == 0:
+    if inherited.rows_left == 0:
         yield NoEngine()
         return
     loading = time.monotonic()
@@ -172,14 +172,14 @@ def _engine(spec: JobSpec, setup: _Setup, begun: _Begun, meter: Meter) -> Iterat
     with Engine.open(spec.model.uri, setup.plan, tokenizer=setup.tokenizer) as engine:
         load_s = time.monotonic() - loading
         yardstick = Yardstick(setup.shape, setup.machine, setup.plan)
-        promised = forecast(yardstick, setup.workload, begun.rows_left * setup.answers.per_row)
+        promised = forecast(yardstick, setup.workload, inherited.rows_left * setup.answers.per_row)
         about = {
             "model_uri": spec.model.uri,
-            "resumed_rows": begun.committed_rows,
-            "journal_rows": begun.journaled_rows,
+            "resumed_rows": inherited.committed_rows,
+            "journal_rows": inherited.journaled_rows,
             "load_s": load_s,
         }
-        attempt = Attempt(_earlier(spec, begun.work), spec.output.uri, yardstick, promised, about)
+        attempt = Attempt(_earlier(spec, inherited.work), spec.output.uri, yardstick, promised, about)
         meter.follow(attempt.live)
         meter.enter("running")
         with attempt.written():
