@@ -172,35 +172,59 @@ def _emit_rows(
             b.store(m, b.bitcast(place, VF.as_pointer()), align=4)
 
 
+_CLAIMS = 8  # of shares of the work, per thread
+
+
+@intrinsic
+def _claim(typing: Any, next_share: Any) -> Any:
+    """`next_share[0]`, which no other thread is given, and one more for whoever comes next."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, b, args[0])
+        return b.atomic_rmw("add", view.data, i64(1), "monotonic")
+
+    return types.intp(next_share), codegen
+
+
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # type: ignore[no-untyped-def]
     """`out[starts[e] : starts[e + 1]] = x[tokens[starts[e] : starts[e + 1]]] @ W[e].T` for every expert, O = N * P.
 
-    Rows of `x` may be wider than the I inputs: see `row_width`. The work is cut between threads by rows times panels,
-    so that a popular expert is shared by several.
+    Rows of `x` may be wider than the I inputs: see `row_width`. The work is rows times panels, so that a popular expert
+    is shared by several threads. A thread that is done claims the next share, and shares grow smaller: a core that the
+    operating system, or a virtual machine's host, gives to others for a while leaves more to the rest.
     """
     experts, panels = panels_ENIP.shape[:2]
-    rows_total = starts_E1[experts]
-    for thread in numba.prange(threads):
-        work_from = rows_total * panels * thread // threads
-        work_to = rows_total * panels * (thread + 1) // threads
-        for expert in range(experts):
-            first = starts_E1[expert]
-            rows = starts_E1[expert + 1] - first
-            if rows == 0 or work_to <= first * panels or work_from >= (first + rows) * panels:
-                continue
-            panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
-            panel_to = min((work_to - first * panels + rows - 1) // rows, panels)
-            for block in range(0, rows, _ROW_BLOCK):
-                block_rows = min(rows - block, _ROW_BLOCK)
-                tiles = (block_rows + _TILE_ROWS - 1) // _TILE_ROWS
-                for panel in range(panel_from, panel_to):
-                    for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
-                        top = block_rows * tile // tiles
-                        height = block_rows * (tile + 1) // tiles - top
-                        _tile(
-                            height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, panel, out_SO, tile, tiles
-                        )
+    work = starts_E1[experts] * panels
+    shares = threads * _CLAIMS if threads > 1 else 1
+    next_share = np.zeros(1, np.int64)
+    for _ in numba.prange(threads):
+        share = _claim(next_share)
+        while share < shares:
+            work_from = work - work * (shares - share) ** 2 // shares**2
+            work_to = work - work * (shares - share - 1) ** 2 // shares**2
+            share = _claim(next_share)
+            for expert in range(experts):
+                first = starts_E1[expert]
+                rows = starts_E1[expert + 1] - first
+                if rows == 0 or work_to <= first * panels or work_from >= (first + rows) * panels:
+                    continue
+                panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
+                panel_to = min((work_to - first * panels + rows - 1) // rows, panels)
+                _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, out_SO)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, out_SO):  # type: ignore[no-untyped-def]
+    """Some panels of one expert with all of its rows."""
+    for block in range(0, rows, _ROW_BLOCK):
+        block_rows = min(rows - block, _ROW_BLOCK)
+        tiles = (block_rows + _TILE_ROWS - 1) // _TILE_ROWS
+        for panel in range(panel_from, panel_to):
+            for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
+                top = block_rows * tile // tiles
+                height = block_rows * (tile + 1) // tiles - top
+                _tile(height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, panel, out_SO, tile, tiles)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
