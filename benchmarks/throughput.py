@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))  # its modules also run
 
 from environment import PeerUnavailable
 from llama_cpp_engine import ENVIRONMENT as LLAMA_CPP
+from machine import probe_machine
 from random_checkpoint import save_random_checkpoint
 from results import Results
 from turn import Row
@@ -149,6 +150,7 @@ def main() -> None:
         checkpoint = args.checkpoint or Path(folder)
         if not args.checkpoint:
             save_random_checkpoint(checkpoint, GEOMETRY)
+        probe_machine(checkpoint)
         for _ in measure(ways, checkpoint, results, args.rounds, args.turn_limit):
             args.out.write_text(json.dumps(results.as_mapping(requirements), indent=2) + "\n")
     results.print_table()

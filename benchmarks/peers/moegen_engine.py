@@ -1,6 +1,7 @@
-"""moegen, with the plan that it chooses; says also what it streamed and how its tail went.
+"""moegen, with the plan that it chooses for these rows; says also what it streamed and how its tail went.
 
-Of `settings`, `host_memory` is the budget that the plan is chosen for; the others are fields of the plan.
+The plan goes by the rates that the machine was measured to have, as a job's does: see `probe_machine`. Of `settings`,
+`host_memory` is the budget that the plan is chosen for; the others are fields of the plan.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import asdict, replace
 
 from moegen.plan.machine import Machine
 from moegen.plan.search import choose_plan
+from moegen.plan.workload import Workload
 from moegen.run.engine import Engine
 from moegen.run.stats import PassReport
 from moegen.schedule.sequence import Finished, Request
@@ -24,7 +26,8 @@ _TAIL = 0.05  # the share of rows that end last
 
 def open_engine(turn: Turn) -> Generate:
     spec = EngineSpec(device="cpu", host_memory=turn.settings.get("host_memory"))
-    plan = choose_plan(ModelShape.read(turn.checkpoint), Machine.detect("cpu"), spec)
+    workload = Workload(len(turn.rows), tuple((len(row.token_ids), row.answer_tokens) for row in turn.rows))
+    plan = choose_plan(ModelShape.read(turn.checkpoint), Machine.detect("cpu"), spec, workload=workload)
     own = {name: value for name, value in turn.settings.items() if name != "host_memory"}
     engine = Engine.open(turn.checkpoint, replace(plan, **own), tokenizer=None)
     return lambda rows: generate(engine, rows)

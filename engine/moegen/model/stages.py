@@ -42,14 +42,15 @@ class StagedLayer(nn.Module):
 
     def forward(self, hidden_1TD: torch.Tensor, *, moegen: PassContext, **kwargs: Any) -> torch.Tensor:
         layer: Any = self.layer
-        after_1TD = moegen.in_batches(lambda batches: self._attend(hidden_1TD, batches, moegen, kwargs))
-        return after_1TD + _first(layer.mlp(layer.post_attention_layernorm(after_1TD)))
+        after_1TD, normed_1TD = moegen.in_batches(lambda batches: self._attend(hidden_1TD, batches, moegen, kwargs))
+        return after_1TD + _first(layer.mlp(normed_1TD))
 
     def _attend(
         self, hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext, kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens after attention, and what the experts are to see of them: normed while it is in the cache."""
         layer: Any = self.layer
-        after_1TD = torch.empty_like(hidden_1TD)
+        after_1TD, normed_1TD = torch.empty_like(hidden_1TD), torch.empty_like(hidden_1TD)
         for batch in batches:
             own = slice(batch.first, batch.first + batch.length)
             x_1tD = hidden_1TD[:, own]
@@ -58,7 +59,8 @@ class StagedLayer(nn.Module):
                 hidden_states=layer.input_layernorm(x_1tD), moegen=moegen.within(batch), **narrowed
             )
             after_1TD[:, own] = x_1tD + _first(attended)
-        return after_1TD
+            normed_1TD[:, own] = layer.post_attention_layernorm(after_1TD[:, own])
+        return after_1TD, normed_1TD
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -237,35 +237,3 @@ def add_weighted_rows(out_TD, tokens_S, weights_S, answer_SD, threads):  # type:
             token, weight = tokens_S[s], weights_S[s]
             for d in range(left, right):
                 out_TD[token, d] += weight * answer_SD[s, d]
-
-
-_PACK_INPUTS = 128  # inputs packed at a time: their part of a panel stays in the first-level cache
-
-
-@numba.njit(nogil=True, cache=True)
-def pack_rows(panels_NIP, first_row, rows_OI, places_P):  # type: ignore[no-untyped-def]
-    """Output features `first_row ..` of one expert, stored row after row, into its panels."""
-    count, inputs = rows_OI.shape
-    row = 0
-    while row < count:
-        panel = (first_row + row) // PANEL
-        feature = (first_row + row) % PANEL
-        beside = min(PANEL - feature, count - row)
-        for i_from in range(0, inputs, _PACK_INPUTS):
-            i_to = min(i_from + _PACK_INPUTS, inputs)
-            for r in range(beside):
-                place = places_P[feature + r]
-                for i in range(i_from, i_to):
-                    panels_NIP[panel, i, place] = rows_OI[row + r, i]
-        row += beside
-
-
-@numba.njit(nogil=True, cache=True)
-def pack_transposed(panels_NIP, matrix_IO, places_P):  # type: ignore[no-untyped-def]
-    """One expert's matrix, stored input after input, into its panels."""
-    inputs, outputs = matrix_IO.shape
-    for panel in range(panels_NIP.shape[0]):
-        features = min(PANEL, outputs - panel * PANEL)
-        for i in range(inputs):
-            for f in range(features):
-                panels_NIP[panel, i, places_P[f]] = matrix_IO[i, panel * PANEL + f]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moegen.ops.expert_kernel import PANEL, grouped_panels, pack_rows, pack_transposed, panel_places, row_width
+from moegen.ops.expert_kernel import PANEL, grouped_panels, panel_places, row_width
 from moegen.ops.host_memory import host_zeros
+from moegen.ops.panel_packing import pack_rows, pack_transposed
 from moegen.ops.threads import numba_threads
 
 UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate

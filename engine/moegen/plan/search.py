@@ -101,10 +101,10 @@ class _Search:
         return self.machine.rates if self.machine.rates.measured else nominal_rates(self.machine)
 
     def worth(self, plan: Plan) -> tuple[float, int, int]:
-        """Generated tokens per second of the steady state; of equally fast plans, the one that reads and takes less."""
-        load = self.workload.steady_pass(plan)
+        """Jobs of this kind per second; of equally fast plans, the one that reads and takes less."""
+        load, passes = self.workload.phases(plan)
         seconds = CostModel(self.footprint, plan, self.rates).time(load).seconds
-        return float(load.sampled[0] / seconds[0]), -plan.disk_groups, -plan.host.used
+        return 1 / float(seconds @ passes), -plan.disk_groups, -plan.host.used
 
     def level_tokens(self, plan: Plan) -> int:
         """The smallest pass whose tokens cost hardly more time each than those of the largest."""

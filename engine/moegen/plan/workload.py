@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from moegen.plan.cost import Load
+from moegen.plan.curve import Floats
 from moegen.plan.plan import Plan
 
 
@@ -45,26 +46,49 @@ class Workload:
         prompts, answers = np.array(self.lengths, np.float64).T
         return float(np.sum(answers * (prompts + answers / 2)) / np.sum(answers))
 
-    def concurrency(self, plan: Plan) -> float:
-        """Sequences in a pass of the steady state: as many as the pages, the pass's tokens and the rows allow."""
+    def room(self, plan: Plan) -> float:
+        """Sequences that the pages and the tokens of a pass allow in the steady state."""
         pages = plan.kv_pages * plan.page_tokens / (self.mean_context + 1.5 * plan.page_tokens)  # one page is reserved
         tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self.mean_prompt - 1)
-        return min(max(pages, 1.0), max(tokens, 1.0), self.rows)
+        return min(max(pages, 1.0), max(tokens, 1.0))
+
+    def concurrency(self, plan: Plan) -> float:
+        """Sequences in a pass of the steady state: as many as there is room for, or rows."""
+        return min(self.room(plan), self.rows)
 
     def steady_pass(self, plan: Plan) -> Load:
         """The mean pass of the steady state, every field `[1]`."""
         sequences = self.concurrency(plan)
         starting = sequences / self.mean_answer  # of those sequences, in each pass
-        decoding = sequences - starting
+        return self._load([starting], [sequences - starting])
+
+    def phases(self, plan: Plan) -> tuple[Load, Floats]:
+        """The job as passes that admit rows and passes after the last admission: the mean of each, and their number.
+
+        Rows enter evenly over the first phase, and each goes on for as many passes as its answer has tokens. If that
+        is longer than the phase, all rows are in flight at its end.
+        """
+        answer = self.mean_answer
+        admitting = max(self.rows * answer / self.room(plan), 1.0)
+        in_flight = self.rows * min(answer / admitting, 1.0)  # when the last row enters
+        draining = answer - 1
+        left = in_flight * (draining - (min(admitting, answer) - 1) / 2)  # tokens that are then still to be generated
+        before = max(self.rows * draining - left, 0.0)
+        load = self._load([self.rows / admitting, 0.0], [before / admitting, left / max(draining, 1e-9)])
+        return load, np.array([admitting, draining])
+
+    def _load(self, starting: Sequence[float], decoding: Sequence[float]) -> Load:
+        """Passes in which so many sequences are prefilled, and so many have a decode token."""
+        prefills, decodes = np.array(starting), np.array(decoding)
         return Load(
-            tokens=np.array([decoding + starting * self.mean_prompt]),
-            sequences=np.array([sequences]),
-            sampled=np.array([sequences]),
-            decode_sequences=np.array([decoding]),
-            decode_kv_tokens=np.array([decoding * self.mean_context]),
-            prefill_chunks=np.array([starting]),
-            prefill_tokens=np.array([starting * self.mean_prompt]),
-            prefill_pairs=np.array([starting * self._mean_pairs]),
+            tokens=decodes + prefills * self.mean_prompt,
+            sequences=decodes + prefills,
+            sampled=decodes + prefills,
+            decode_sequences=decodes,
+            decode_kv_tokens=decodes * self.mean_context,
+            prefill_chunks=prefills,
+            prefill_tokens=prefills * self.mean_prompt,
+            prefill_pairs=prefills * self._mean_pairs,
         )
 
     @cached_property
