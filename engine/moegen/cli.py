@@ -199,7 +199,7 @@ def _workload(args: argparse.Namespace, spec: JobSpec, max_context_tokens: int) 
         return None
     try:
         reader = TableReader(spec.input, needed_columns(spec))
-        return table_workload(reader, Preparer(spec, Tokenizer.load(spec.model.uri), max_context_tokens))
+        return table_workload(reader, Preparer(spec, Tokenizer.load(spec.model.uri), max_context_tokens))[0]
     except (InputError, StorageError) as error:
         print(f"moegen: lengths not known, so nothing is predicted: {_one_line(error)}", file=sys.stderr)
         return None

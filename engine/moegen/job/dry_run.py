@@ -129,7 +129,7 @@ def dry_run(spec: JobSpec) -> DryRun:
     shape = ModelShape.read(spec.model.uri)
     machine = Machine.detect(spec.engine.device)
     tokenizer = Tokenizer.load(spec.model.uri)
-    workload = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
+    workload, prefix = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
     plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
     answers = Answers(spec, tokenizer)
     schema = output_schema(reader.schema, spec.output, result_columns(spec))
@@ -139,7 +139,7 @@ def dry_run(spec: JobSpec) -> DryRun:
         for row in preparer.prepare(enumerate(batch.values, batch.first_row)):
             count.add(row)
     asked = count.ready * answers.per_row
-    known = Workload(asked, tuple(count.lengths)) if count.ready else None
+    known = Workload(asked, tuple(count.lengths), len(prefix)) if count.ready else None
     return DryRun(
         rows=reader.rows,
         files=len(reader.files),

@@ -16,11 +16,13 @@ from moegen.plan.plan import Plan
 class Workload:
     """`rows` rows whose lengths are drawn from `lengths`, each a (prompt tokens, answer tokens) pair, equally likely.
 
-    With as many lengths as rows, each row has its own.
+    With as many lengths as rows, each row has its own. Of a plan that shares a prefix, every prompt is taken to begin
+    with it.
     """
 
     rows: int
     lengths: tuple[tuple[int, int], ...]
+    prefix_tokens: int = 0  # that nearly all prompts begin with
 
     @classmethod
     def of(cls, rows: int, prompt_tokens: Sequence[int], answer_tokens: Sequence[int]) -> Workload:
@@ -47,8 +49,10 @@ class Workload:
 
     def concurrency(self, plan: Plan) -> float:
         """Sequences in a pass of the steady state: as many as the pages, the pass's tokens and the rows allow."""
-        pages = plan.kv_pages * plan.page_tokens / (self.mean_context + 1.5 * plan.page_tokens)  # one page is reserved
-        tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self.mean_prompt - 1)
+        room = plan.kv_pages * plan.page_tokens - plan.prefix_tokens
+        own = max(self.mean_context - plan.prefix_tokens, 1.0)
+        pages = room / (own + 1.5 * plan.page_tokens)  # one page is reserved
+        tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self._mean_computed(plan) - 1)
         return min(max(pages, 1.0), max(tokens, 1.0), self.rows)
 
     def steady_pass(self, plan: Plan) -> Load:
@@ -56,20 +60,30 @@ class Workload:
         sequences = self.concurrency(plan)
         starting = sequences / self.mean_answer  # of those sequences, in each pass
         decoding = sequences - starting
+        prefilled = starting * self._mean_computed(plan)
         return Load(
-            tokens=np.array([decoding + starting * self.mean_prompt]),
+            tokens=np.array([decoding + prefilled]),
             sequences=np.array([sequences]),
             sampled=np.array([sequences]),
             decode_sequences=np.array([decoding]),
             decode_kv_tokens=np.array([decoding * self.mean_context]),
             prefill_chunks=np.array([starting]),
-            prefill_tokens=np.array([starting * self.mean_prompt]),
-            prefill_pairs=np.array([starting * self._mean_pairs]),
+            prefill_tokens=np.array([prefilled]),
+            prefill_pairs=np.array([starting * max(self._mean_pairs - _pairs(plan.prefix_tokens), 1.0)]),
         )
+
+    def _mean_computed(self, plan: Plan) -> float:
+        """Tokens of a prompt that are its own to compute."""
+        return max(self.mean_prompt - plan.prefix_tokens, 1.0)
 
     @cached_property
     def _mean_pairs(self) -> float:
-        return float(np.mean([prompt * (prompt + 1) / 2 for prompt, _ in self.lengths]))
+        return float(np.mean([_pairs(prompt) for prompt, _ in self.lengths]))
+
+
+def _pairs(prompt_tokens: int) -> float:
+    """Of a query and a key at or before it."""
+    return prompt_tokens * (prompt_tokens + 1) / 2
 
 
 UNKNOWN = Workload.of(100_000, (128, 512, 1024), (64, 256))
