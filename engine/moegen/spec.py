@@ -304,6 +304,8 @@ class JobSpec:
     output_schema: JsonText | None = None  # JSON that this JSON Schema admits; also parsed, as column output_json
     choices: tuple[str, ...] = ()  # one of these texts, as the model would write it; classify needs them
     regex: str | None = None  # a text that this expression matches as a whole
+    # exact: rows that ask for the same for certain (greedy, or rated) are run once and all have that answer.
+    dedup: Literal["exact", "off"] = "exact"
 
     def __post_init__(self) -> None:
         folder = self.output.uri.rstrip("/") + "/"
@@ -429,6 +431,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_mapping(hint, value if value is not None else {}, path)
     if origin is Literal:
+        value = "off" if value is False and "off" in args else value  # YAML's word for false
         _require(value in args, path, value, f"choose from {', '.join(map(repr, args))}")
         return value
     if origin in (typing.Union, types.UnionType):
