@@ -27,7 +27,7 @@ from moegen.spec import JobSpec
 from tests.tiny import tiny_checkpoint
 
 GEOMETRY = {
-    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
+    "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
     "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "intermediate_size": 256,
     "max_position_embeddings": 2048, "initializer_range": 0.08,
 }  # fmt: skip

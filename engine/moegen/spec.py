@@ -342,6 +342,13 @@ class JobSpec:
                      f"task {self.task} generates nothing")  # fmt: skip
 
     @property
+    def repeats(self) -> bool:
+        """Whether a row may have another's answer. An answer that is drawn at random is its row's own."""
+        sampling = self.sampling
+        varied = sampling.params_column is not None or "temperature" in sampling.param_columns
+        return self.dedup == "exact" and (self.task != "generate" or sampling.temperature == 0 or varied)
+
+    @property
     def bound(self) -> bool:
         """Whether generated answers must be of a given form."""
         return self.task == "generate" and bool(self.output_schema or self.choices or self.regex)

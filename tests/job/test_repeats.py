@@ -149,6 +149,17 @@ def test_an_interrupted_job_ends_with_the_same_table(
     assert not list(tmp_path.rglob("work/*"))
 
 
+def test_a_part_that_was_lost_comes_again(
+    model: Path, table: Path, straight: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Of a finished job nothing is kept that says what rows asked for."""
+    run_job(job(model, table, tmp_path))
+    for part in (tmp_path.glob(f"part-00000{number}-*") for number in (0, 2, 9)):
+        next(part).unlink()
+    run_job(job(model, table, tmp_path))
+    assert read(tmp_path) == straight
+
+
 def test_a_crash_suspects_only_rows_that_ran_and_copies_share_a_quarantine(
     model: Path, table: Path, straight: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,10 +172,13 @@ def test_a_crash_suspects_only_rows_that_ran_and_copies_share_a_quarantine(
         begin(self, sequences)
 
     monkeypatch.setattr(Masks, "begin", dies)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="the engine is gone"):
+    crashes = 0
+    while not (tmp_path / "_SUCCESS").exists():
+        try:
             run_job(job(model, table, tmp_path))
-    run_job(job(model, table, tmp_path))
+        except RuntimeError:
+            crashes += 1
+    assert 3 <= crashes <= 4  # the first may come before the row is named
     rows = read(tmp_path)
     lost = {row["row_index"]: row for row in rows if row["status"] == "quarantined"}
     assert lost.keys() == {victim, *(row["row_index"] for row in straight if row["dedup_of"] == victim)}
@@ -221,13 +235,13 @@ def test_sampled_answers_do_not_know_of_batches_restarts_or_dedup(model: Path, t
         "wide and off": {"dedup": "off", "engine": wide},
     }.items():
         run_job(job(model, table, tmp_path / name, sampling=sampling, **sections))
-        tables[name] = bare(read(tmp_path / name))
+        tables[name] = bare(read(tmp_path / name), "error")  # which says how large the pool is
     told: list[Progress] = []
     again = job(model, table, tmp_path / "restarted", sampling=sampling)
     with pytest.raises(Interrupted):
         run_job(again, report=told.append, stopping=lambda: told[-1].rows_done >= ROWS // 2)
     run_job(replace(again, engine=replace(again.engine, plan=replace(again.engine.plan, **wide["plan"]))))
-    tables["restarted"] = bare(read(tmp_path / "restarted"))
+    tables["restarted"] = bare(read(tmp_path / "restarted"), "error")
     first, *others = tables.values()
     assert all(other == first for other in others)
     assert {row["dedup_of"] for row in first} == {None}, "no row's noise is another's"
@@ -239,6 +253,22 @@ def test_sampled_answers_do_not_know_of_batches_restarts_or_dedup(model: Path, t
 
 def test_yaml_says_off(model: Path, table: Path, tmp_path: Path) -> None:
     assert job(model, table, tmp_path, dedup=False).dedup == "off"
+
+
+@pytest.mark.parametrize(
+    ("sections", "repeats"),
+    [
+        ({}, True),
+        ({"sampling": {"params_column": None}}, True),
+        ({"sampling": {"params_column": None, "temperature": 1.0}}, False),
+        ({"sampling": {"params_column": None, "temperature": 1.0, "param_columns": ["temperature"]}}, True),
+        ({"dedup": "off"}, False),
+    ],
+)
+def test_nothing_is_remembered_where_no_row_can_repeat_another(
+    model: Path, table: Path, tmp_path: Path, sections: dict[str, Any], repeats: bool
+) -> None:
+    assert job(model, table, tmp_path, **sections).repeats == repeats
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------
@@ -291,9 +321,11 @@ def test_first_rows_of_committed_parts_are_known_again(tmp_path: Path, caplog: p
         rows.save(part)
     again = StoredFirstRows(str(tmp_path), [0, 1, 3], 10)
     assert [again.find(key) for key in keys] == [*range(10), *[None] * 20, *range(30, 40)]
+    assert again.unknown == [1]
     path = tmp_path / "work/000003.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    assert StoredFirstRows(str(tmp_path), [3], 10).find(keys[30]) is None
+    damaged = StoredFirstRows(str(tmp_path), [0, 3], 10)
+    assert (damaged.find(keys[30]), damaged.unknown) == (None, [3])
     assert "is damaged" in caplog.text
 
 

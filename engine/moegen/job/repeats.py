@@ -52,11 +52,12 @@ class Repeats:
         self._bytes = 0
 
     def first(self, request: Request) -> int:
-        """The first row of the table that asks for the same; rows are asked about in the table's order."""
+        """The first row of the table that asks for the same; rows that run are asked about in the table's order."""
         key = work_key(request) if self._rows is not None else None
         if self._rows is None or key is None:
             return request.row_index
-        if (row := self._rows.find(key)) is not None:
+        row = self._rows.find(key)
+        if row is not None and row <= request.row_index:
             return row
         self._rows.add(key, request.row_index)
         return request.row_index

@@ -106,8 +106,8 @@ def run_job(
             marks = Marks(folder, lease.epoch, after_crash=lease.after_crash, void_epoch=lease.paused_epoch)
             keeper = Keeper(journal, marks, lease, writer, spec.checkpoint.journal_seconds, stopping)
             meter.follow_journal(lambda: keeper.rows_journaled)
-            repeats = _repeats(spec, folder, writer)
-            known = found if spec.dedup == "off" else ()  # what they ask for is of interest otherwise
+            repeats = _repeats(spec, folder, writer, reader, setup.preparer)
+            known = () if spec.repeats else found  # what they ask for may be asked for again
             batches = ahead(_prepared(reader, writer, setup.preparer, known), _BATCHES_AHEAD)
             flight = Flight(
                 batches, writer, meter, setup.answers, keeper, rules, repeats,
@@ -191,12 +191,24 @@ def _engine(spec: JobSpec, setup: _Setup, inherited: _Inherited, meter: Meter) -
             yield _Watched(engine, setup.prefix, attempt.add)
 
 
-def _repeats(spec: JobSpec, folder: str, writer: TableWriter) -> Repeats:
-    if spec.dedup == "off":
+def _repeats(spec: JobSpec, folder: str, writer: TableWriter, reader: TableReader, preparer: Preparer) -> Repeats:
+    """Knows what the rows of committed parts ask for: it was kept when they were, else they are read again."""
+    if not spec.repeats:
         return Repeats(None)
-    rows = StoredFirstRows(folder, writer.committed, spec.output.rows_per_part)
+    size = spec.output.rows_per_part
+    rows = StoredFirstRows(folder, writer.committed, size)
     writer.before_commit = rows.save
-    return Repeats(rows)
+    repeats, unknown = Repeats(rows), set(rows.unknown)
+
+    def wanted(first: int, count: int) -> bool:
+        return not unknown.isdisjoint(range(first // size, -(-(first + count) // size)))
+
+    for batch in reader.batches(wanted) if unknown else ():
+        numbered = enumerate(batch.values, batch.first_row)
+        for row in preparer.prepare([(index, values) for index, values in numbered if index // size in unknown]):
+            if isinstance(row, Prepared):
+                repeats.first(row.request)
+    return repeats
 
 
 def _stopped(meter: Meter) -> Interrupted:

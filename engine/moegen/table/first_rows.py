@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class FirstRows:
-    """Key of a row's work -> the first row of the table with that key, for rows that are added in the table's order.
+    """Key of a row's work -> the first row of the table with that key.
 
     Memory holds 24 bytes for every different key among the first 16,777,216 rows; a later row is nobody's first, but
     finds those. The newest keys are in a dict, the others in sorted runs, each at least twice as long as the next.
@@ -37,20 +37,19 @@ class FirstRows:
         self._runs: list[_Records] = []
 
     def find(self, key: bytes) -> int | None:
-        """The first row with this key; None when there is none so far."""
-        if (row := self._recent.get(key)) is not None:
-            return row
+        """The first row with this key that was added; None when there is none."""
+        found = [self._recent[key]] if key in self._recent else []
         high, low = np.frombuffer(key, "<u8")
         for run in self._runs:
             at = int(np.searchsorted(run["high"], high))
             while at < len(run) and run["high"][at] == high:
                 if run["low"][at] == low:
-                    return int(run["row"][at])
+                    found.append(int(run["row"][at]))
                 at += 1
-        return None
+        return min(found, default=None)
 
     def add(self, key: bytes, row: int) -> bool:
-        """`row` is the first with this key; whether it is remembered."""
+        """`row` is the first with this key so far; whether it is remembered."""
         if row >= _MOST_ROWS:
             return False
         self._recent[key] = row
@@ -74,17 +73,21 @@ class StoredFirstRows(FirstRows):
         folder: the job's own, see `batch_folder`.
         committed: the numbers of the committed parts.
         rows_per_part: which rows make a part.
+
+    Attributes:
+        unknown: committed parts of which nothing is known: their rows must be read again.
     """
 
     def __init__(self, folder: str, committed: Iterable[int], rows_per_part: int) -> None:
         super().__init__()
         self._folder, self._rows_per_part = join(folder, "work"), rows_per_part
         self._unsaved: dict[int, dict[bytes, int]] = {}  # part -> what `save` will write
-        wanted = [_name(part) for part in committed]
-        there = set(list_names(self._folder)) if wanted else set()
-        found = [name for name in wanted if name in there]
+        committed = list(committed)
+        there = set(list_names(self._folder)) if committed else set()
         with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="first-rows") as pool:
-            self.extend(np.concatenate([np.empty(0, _RECORD), *pool.map(self._read, found)]))
+            read = [*pool.map(lambda part: self._read(_name(part)) if _name(part) in there else None, committed)]
+        self.unknown = [part for part, records in zip(committed, read, strict=True) if records is None]
+        self.extend(np.concatenate([np.empty(0, _RECORD), *(records for records in read if records is not None)]))
 
     def add(self, key: bytes, row: int) -> bool:
         if remembered := super().add(key, row):
@@ -93,14 +96,13 @@ class StoredFirstRows(FirstRows):
 
     def save(self, part: int) -> None:
         """The part is about to be committed. Raises `StorageError` when storage refuses."""
-        if first := self._unsaved.pop(part, None):
-            put_create(join(self._folder, _name(part)), _records(first.items()).tobytes())
+        put_create(join(self._folder, _name(part)), _records(self._unsaved.pop(part, {}).items()).tobytes())
 
-    def _read(self, name: str) -> _Records:
+    def _read(self, name: str) -> _Records | None:
         data = read_bytes(join(self._folder, name))
         if len(data) % _RECORD.itemsize:
-            log.warning("%s: is damaged; what repeats rows of that part is run again", join(self._folder, name))
-            return np.empty(0, _RECORD)
+            log.warning("%s: is damaged, the rows of its part are read again", join(self._folder, name))
+            return None
         return np.frombuffer(data, _RECORD)
 
 
