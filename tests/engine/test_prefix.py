@@ -28,7 +28,7 @@ from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS, PREFIX = 40, 45
+ROWS, PREFIX = 25, 45
 COMMON = tuple(random.Random(4).randrange(256) for _ in range(PREFIX))
 
 
@@ -71,7 +71,7 @@ def alone(checkpoint: Path, tokenizer: Tokenizer) -> dict[bool, dict[int, Finish
 
 SIZES = [
     {"page_tokens": 8, "kv_pages": 400, "pass_tokens": 256, "attention_tokens": 200},
-    {"page_tokens": 1, "kv_pages": 96, "pass_tokens": 7, "attention_tokens": 3},  # the prefix takes seven passes
+    {"page_tokens": 1, "kv_pages": 96, "pass_tokens": 15, "attention_tokens": 7},  # the prefix takes three passes
     {"page_tokens": 4, "kv_pages": 26, "pass_tokens": 64, "attention_tokens": 5},  # little more than one row's pages
     {"page_tokens": 32, "kv_pages": 9, "pass_tokens": 100, "attention_tokens": 33},
     {"page_tokens": 64, "kv_pages": 20, "pass_tokens": 64, "attention_tokens": 64},  # larger than the prefix
@@ -101,7 +101,7 @@ def test_sharing_does_not_change_answers(
 def test_greedy_is_transformers_generate(alone, checkpoint: Path) -> None:
     """What sharing is equal to above."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for request in _requests(sampled=False)[:20]:
+    for request in _requests(sampled=False)[::2]:
         if request.continuations:
             continue
         ids = torch.tensor([request.token_ids])
