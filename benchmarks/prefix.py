@@ -27,8 +27,8 @@ from moegen.spec import JobSpec
 from tests.tiny import tiny_checkpoint
 
 GEOMETRY = {
-    "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
-    "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "intermediate_size": 256,
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "intermediate_size": 128,
     "max_position_embeddings": 2048, "initializer_range": 0.08,
 }  # fmt: skip
 OWN_TOKENS = (10, 60)  # of a prompt behind the common beginning
