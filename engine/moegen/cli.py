@@ -160,10 +160,15 @@ def _summary(manifest: Manifest, job: str) -> str:
     resumed = f" ({there} were there already)" if there else ""
     return (
         f"{job}: {manifest.rows} rows{resumed}: {counts}\n"
-        f"{manifest.prompt_tokens} prompt tokens, {manifest.completion_tokens} generated tokens; "
+        f"{_tokens(manifest)}; "
         f"this run: {format_duration(manifest.seconds)}, {manifest.rows_per_s:.1f} rows/s, "
         f"{manifest.tokens_per_s:.1f} generated tokens/s"
     )
+
+
+def _tokens(manifest: Manifest) -> str:
+    copied = f" ({manifest.dedup_rows} rows have the answer of an earlier row)" if manifest.dedup_rows else ""
+    return f"{manifest.prompt_tokens} prompt tokens, {manifest.completion_tokens} generated tokens{copied}"
 
 
 # --- plan, probe, inspect, report -----------------------------------------------------------------------------------
@@ -199,7 +204,7 @@ def _workload(args: argparse.Namespace, spec: JobSpec, max_context_tokens: int) 
         return None
     try:
         reader = TableReader(spec.input, needed_columns(spec))
-        return table_workload(reader, Preparer(spec, Tokenizer.load(spec.model.uri), max_context_tokens))
+        return table_workload(reader, Preparer(spec, Tokenizer.load(spec.model.uri), max_context_tokens))[0]
     except (InputError, StorageError) as error:
         print(f"moegen: lengths not known, so nothing is predicted: {_one_line(error)}", file=sys.stderr)
         return None
@@ -256,7 +261,7 @@ def _described(found: Any) -> str:
     if (manifest := found.manifest) is not None:
         size = sum(part.size_bytes for part in manifest.parts)
         lines.append(f"job {manifest.job_key}, fingerprint {manifest.fingerprint[:16]}, {format_bytes(size)}")
-        lines.append(f"{manifest.prompt_tokens} prompt tokens, {manifest.completion_tokens} generated tokens")
+        lines.append(_tokens(manifest))
     lines += ["", *(json.dumps(row, ensure_ascii=False, default=str) for row in found.rows)]
     for code, examples in found.errors.items():
         lines += ["", f"{code}:", *(f"  row {row.row_index} ({row.status}): {row.message}" for row in examples)]

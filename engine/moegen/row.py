@@ -62,7 +62,10 @@ class RowResult:
     finish_reason: Text = None  # "stop" (end token, stop token or stop string) or "length"
     prompt_tokens: int | None = None
     completion_tokens: int | None = None  # of all answers
-    attempts: int = 0  # how often it entered the engine: 1, and once more for every crash with it in flight
+    dedup_of: int | None = None  # the first row that asks for the same, whose answer this is
+    attempts: int = (
+        0  # how often it entered the engine: 1 unless dedup_of is set, and once more for every crash with it
+    )
     seed: int | None = None
     input_truncated: bool = False
     token_ids: tuple[Any, ...] | None = None  # generated ids, when output.include asks for them

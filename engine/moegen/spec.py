@@ -215,10 +215,11 @@ class PlanOverrides:
     stream_depth: int | None = None  # groups read ahead; 0: each is read when it is needed
     reader_threads: int | None = None  # threads that read groups from disk
     kv_home: Literal["device", "host"] = "device"  # on a GPU: which memory has the pages
+    share_prefix: bool = True  # what nearly all prompts begin with is computed once, in pages that all rows read
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            if item.name == "kv_home":
+            if item.name in ("kv_home", "share_prefix"):
                 continue
             value, least = getattr(self, item.name), int(item.name not in ("resident_groups", "stream_depth"))
             _require(value is None or value >= least, f"engine.plan.{item.name}", value, f"give {least} or more")
@@ -303,6 +304,8 @@ class JobSpec:
     output_schema: JsonText | None = None  # JSON that this JSON Schema admits; also parsed, as column output_json
     choices: tuple[str, ...] = ()  # one of these texts, as the model would write it; classify needs them
     regex: str | None = None  # a text that this expression matches as a whole
+    # exact: rows that ask for the same for certain (greedy, or rated) are run once and all have that answer.
+    dedup: Literal["exact", "off"] = "exact"
 
     def __post_init__(self) -> None:
         folder = self.output.uri.rstrip("/") + "/"
@@ -337,6 +340,13 @@ class JobSpec:
                      f"task {self.task} samples nothing")  # fmt: skip
             _require("token_ids" not in self.output.include, "output.include", "token_ids",
                      f"task {self.task} generates nothing")  # fmt: skip
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a row may have another's answer. An answer that is drawn at random is its row's own."""
+        sampling = self.sampling
+        varied = sampling.params_column is not None or "temperature" in sampling.param_columns
+        return self.dedup == "exact" and (self.task != "generate" or sampling.temperature == 0 or varied)
 
     @property
     def bound(self) -> bool:
@@ -428,6 +438,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_mapping(hint, value if value is not None else {}, path)
     if origin is Literal:
+        value = "off" if value is False and "off" in args else value  # YAML's word for false
         _require(value in args, path, value, f"choose from {', '.join(map(repr, args))}")
         return value
     if origin in (typing.Union, types.UnionType):

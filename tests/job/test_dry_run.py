@@ -59,18 +59,19 @@ def test_it_says_what_the_job_then_does(model: Path, tmp_path: Path) -> None:
     manifest = run_job(spec)
     table = pq.read_table(next((tmp_path / "out").glob("part-*.parquet")))
     rows = table.to_pylist()
-    ran = [row for row in rows if row["completion_tokens"] is not None]
-    assert (told.rows, told.files, told.ready) == (len(rows), 1, len(ran)) == (25, 1, 20)
+    answered = [row for row in rows if row["completion_tokens"] is not None]
+    ran = [row for row in answered if row["dedup_of"] is None]
+    assert (told.rows, told.files, told.ready, told.runs) == (len(rows), 1, len(answered), len(ran)) == (25, 1, 20, 8)
     assert told.statuses == {s: n for s, n in manifest.statuses.items() if s in told.statuses}
     assert sum(told.statuses.values()) == 5
     assert told.errors == {"bad_prompt_type": 1, "empty_prompt": 1, "invalid_params": 1, "null": 1, "too_long": 1}
     assert told.prompt_tokens == sum(row["prompt_tokens"] for row in ran)
     assert told.longest_prompt_tokens == max(row["prompt_tokens"] for row in ran)
-    assert told.most_completion_tokens == 19 * 6 + 3 >= manifest.completion_tokens
-    assert told.repeated == 20 - 7 - 1  # seven texts; one of them once with other parameters
+    assert told.most_completion_tokens == 7 * 6 + 3 >= manifest.completion_tokens
+    assert told.repeated == manifest.dedup_rows == 20 - 7 - 1  # seven texts; one of them once with other parameters
     assert list(told.columns) == table.schema.names
     assert told.columns["output_json"] == "struct<n: int64>"
-    assert told.estimate is None or told.estimate.rows == 20
+    assert told.estimate is None or told.estimate.rows == 8
 
 
 def test_truncated_rows_and_several_answers(model: Path, tmp_path: Path) -> None:
@@ -94,8 +95,8 @@ def test_classify_generates_nothing(model: Path, tmp_path: Path) -> None:
 
 def test_the_estimate_is_the_planners(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "detect", lambda device: MACHINE)
-    few = dry_run(JobSpec.from_mapping(mapping(model, tmp_path, MIXED[:20])))
-    many = dry_run(JobSpec.from_mapping(mapping(model, tmp_path, MIXED[:20] * 40)))
+    few = dry_run(JobSpec.from_mapping(mapping(model, tmp_path, MIXED[:20], dedup="off")))
+    many = dry_run(JobSpec.from_mapping(mapping(model, tmp_path, MIXED[:20] * 40, dedup="off")))
     assert few.estimate is not None
     assert many.estimate is not None
     assert many.repeated == 800 - 7
@@ -127,7 +128,7 @@ def test_the_command_needs_no_torch_and_shows_no_row(model: Path, tmp_path: Path
     command = [sys.executable, "-c", code, "run", "--dry-run", str(job)]
     text = subprocess.run(command, capture_output=True, text=True)
     assert text.returncode == 0, text.stderr
-    assert "2 rows in 1 file: 1 would run, 1 skipped_null (1 null)" in text.stdout
+    assert "2 rows in 1 file: 1 would be answered, 1 skipped_null (1 null)" in text.stdout
     assert "prompts   6 tokens, 6 the longest; 0 cut" in text.stdout
     assert "output: string" in text.stdout
     assert "SECRET" not in text.stdout + text.stderr

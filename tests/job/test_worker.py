@@ -107,7 +107,9 @@ def test_jsonl_table_with_everything_that_can_be_wrong(model: Path, tmp_path: Pa
     ]
     check_answers(rows)
     assert (manifest.rows, manifest.statuses) == (ROWS, Counter(row["status"] for row in rows))
-    assert manifest.completion_tokens == sum(row["completion_tokens"] or 0 for row in rows)
+    own = [row for row in rows if row["dedup_of"] is None]
+    assert manifest.completion_tokens == sum(row["completion_tokens"] or 0 for row in own)
+    assert manifest.dedup_rows == ROWS - len(own) == 24  # one text that is there 25 times
     assert [part.rows for part in manifest.parts] == [64, 64, 64, 64, 44]
     assert [*dict.fromkeys(progress.stage for progress in told)] == ["starting", "loading", "running", "finishing"]
     assert (told[-1].rows_done, told[-1].rows_committed, told[-1].rows_total) == (ROWS, ROWS, ROWS)

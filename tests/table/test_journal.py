@@ -21,6 +21,7 @@ FULL = RowResult(
     finish_reason="length",
     prompt_tokens=4,
     completion_tokens=5,
+    dedup_of=1,
     attempts=2,
     seed=(1 << 63) - 1,
     input_truncated=True,

@@ -31,6 +31,7 @@ def test_the_columns_of_the_contract() -> None:
         "finish_reason: string",
         "prompt_tokens: int32",
         "completion_tokens: int32",
+        "dedup_of: int64",
         "attempts: int32",
         "seed: int64",
         "input_truncated: bool",

@@ -40,6 +40,10 @@ class Prepared:
     input_truncated: bool = False
     prompt_rendered: str | None = None  # kept only when output.include asks for it
 
+    @property
+    def row_index(self) -> int:
+        return self.request.row_index
+
 
 def needed_columns(spec: JobSpec) -> tuple[str, ...]:
     """The input columns that prompts and per-row parameters are made of, each once.

@@ -62,6 +62,7 @@ class Meter:
         self._stage = "starting"
         self._total = self._done = self._seen = self._committed = 0
         self._prompt_tokens = self._completion_tokens = self._generated = 0
+        self._dedup_rows = self._dedup_tokens = 0
         self._statuses: dict[str, int] = {}
         self._errors: dict[str, int] = {}
         self._plan: Mapping[str, Any] | None = None
@@ -82,6 +83,7 @@ class Meter:
         self._done = self._seen = found.rows
         self._statuses, self._errors = dict(found.statuses), dict(found.errors)
         self._prompt_tokens, self._completion_tokens = found.prompt_tokens, found.completion_tokens
+        self._dedup_rows, self._dedup_tokens = found.dedup_rows, found.dedup_tokens
 
     @property
     def rows_total(self) -> int:
@@ -95,7 +97,10 @@ class Meter:
     @property
     def totals(self) -> Totals:
         """Counts over all rows that are done, those of earlier runs included."""
-        return Totals(self._done, self._statuses, self._prompt_tokens, self._completion_tokens, self._errors)
+        return Totals(
+            self._done, self._statuses, self._prompt_tokens, self._completion_tokens, self._errors,
+            self._dedup_rows, self._dedup_tokens,
+        )  # fmt: skip
 
     def follow_journal(self, rows: Callable[[], int]) -> None:
         """Report what `rows` tells of rows that only the journal has with every progress from now on."""
@@ -120,8 +125,12 @@ class Meter:
     def add_row(self, result: RowResult) -> None:
         """One more row has its result."""
         self._done += 1
-        self._prompt_tokens += result.prompt_tokens or 0
-        self._completion_tokens += result.completion_tokens or 0
+        if result.dedup_of is None:
+            self._prompt_tokens += result.prompt_tokens or 0
+            self._completion_tokens += result.completion_tokens or 0
+        else:
+            self._dedup_rows += 1
+            self._dedup_tokens += (result.prompt_tokens or 0) + (result.completion_tokens or 0)
         self._statuses[result.status.value] = self._statuses.get(result.status.value, 0) + 1
         if result.error is not None:
             self._errors[result.error.code] = self._errors.get(result.error.code, 0) + 1

@@ -22,6 +22,7 @@ from moegen.job.lengths import table_workload
 from moegen.job.marks import Marks
 from moegen.job.prepare import Prepared, Preparer, needed_columns
 from moegen.job.progress import Meter, Progress
+from moegen.job.repeats import Repeats
 from moegen.job.rules import Rules
 from moegen.job.stats_file import Stats, earlier_stats
 from moegen.plan.machine import Machine
@@ -37,6 +38,7 @@ from moegen.spec import JobSpec
 from moegen.table.batch_plan import BatchPlan, batch_folder, clear_batch
 from moegen.table.columns import result_columns
 from moegen.table.fingerprint import fingerprint
+from moegen.table.first_rows import StoredFirstRows
 from moegen.table.journal import Journal
 from moegen.table.lease import Lease
 from moegen.table.manifest import Manifest
@@ -104,9 +106,11 @@ def run_job(
             marks = Marks(folder, lease.epoch, after_crash=lease.after_crash, void_epoch=lease.paused_epoch)
             keeper = Keeper(journal, marks, lease, writer, spec.checkpoint.journal_seconds, stopping)
             meter.follow_journal(lambda: keeper.rows_journaled)
-            batches = ahead(_prepared(reader, writer, setup.preparer, found), _BATCHES_AHEAD)
+            repeats = _repeats(spec, folder, writer, reader, setup.preparer)
+            known = () if spec.repeats else found  # what they ask for may be asked for again
+            batches = ahead(_prepared(reader, writer, setup.preparer, known), _BATCHES_AHEAD)
             flight = Flight(
-                batches, writer, meter, setup.answers, keeper, rules,
+                batches, writer, meter, setup.answers, keeper, rules, repeats,
                 found=found, crashes=marks.crashes, quarantine_after=spec.errors.quarantine_after, check=check,
             )  # fmt: skip
             inherited = _Inherited(work, reader.rows, writer.resumed.rows, journaled.rows)
@@ -129,6 +133,7 @@ class _Setup:
     shape: ModelShape
     machine: Machine
     workload: Workload | None
+    prefix: tuple[int, ...]  # token ids that nearly all prompts begin with
     plan: Plan
     tokenizer: Tokenizer
     preparer: Preparer
@@ -139,10 +144,10 @@ class _Setup:
         shape = ModelShape.read(spec.model.uri)
         machine = Machine.detect(spec.engine.device)
         tokenizer = Tokenizer.load(spec.model.uri)
-        workload = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
+        workload, prefix = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
         plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
         preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
-        return cls(shape, machine, workload, plan, tokenizer, preparer, Answers(spec, tokenizer))
+        return cls(shape, machine, workload, prefix, plan, tokenizer, preparer, Answers(spec, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,27 @@ def _engine(spec: JobSpec, setup: _Setup, inherited: _Inherited, meter: Meter) -
         meter.follow(attempt.live)
         meter.enter("running")
         with attempt.written():
-            yield _Watched(engine, attempt.add)
+            yield _Watched(engine, setup.prefix, attempt.add)
+
+
+def _repeats(spec: JobSpec, folder: str, writer: TableWriter, reader: TableReader, preparer: Preparer) -> Repeats:
+    """Knows what the rows of committed parts ask for: it was kept when they were, else they are read again."""
+    if not spec.repeats:
+        return Repeats(None)
+    size = spec.output.rows_per_part
+    rows = StoredFirstRows(folder, writer.committed, size)
+    writer.before_commit = rows.save
+    repeats, unknown = Repeats(rows), set(rows.unknown)
+
+    def wanted(first: int, count: int) -> bool:
+        return not unknown.isdisjoint(range(first // size, -(-(first + count) // size)))
+
+    for batch in reader.batches(wanted) if unknown else ():
+        numbered = enumerate(batch.values, batch.first_row)
+        for row in preparer.prepare([(index, values) for index, values in numbered if index // size in unknown]):
+            if isinstance(row, Prepared):
+                repeats.first(row.request)
+    return repeats
 
 
 def _stopped(meter: Meter) -> Interrupted:
@@ -201,7 +226,7 @@ def _earlier(spec: JobSpec, work: str) -> Stats:
 def _prepared(
     reader: TableReader, writer: TableWriter, preparer: Preparer, found: Container[int]
 ) -> Iterator[tuple[RowBatch, list[Prepared | RowResult]]]:
-    """Every batch that holds rows without a part, and those that are not `found` prepared."""
+    """Every batch that holds rows without a part, and those of them that are not `found` prepared."""
     for batch in reader.batches(lambda first_row, rows: not writer.is_committed(first_row, rows)):
         rows = [
             (row_index, values)
@@ -213,13 +238,14 @@ def _prepared(
 
 @dataclass(frozen=True)
 class _Watched:
-    """An engine whose passes `see` hears of before anybody else."""
+    """An engine that knows what prompts begin with, and whose passes `see` hears of before anybody else."""
 
     engine: Engine
+    prefix: tuple[int, ...]
     see: Callable[[PassReport], None]
 
     def generate(self, requests: Iterable[Request]) -> Generator[Begun | Finished | PassReport, None, None]:
-        with closing(self.engine.generate(requests)) as events:
+        with closing(self.engine.generate(requests, prefix=self.prefix)) as events:
             for event in events:
                 if isinstance(event, PassReport):
                     self.see(event)

@@ -67,6 +67,10 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
         f"pages     {plan.kv_pages} of {plan.page_tokens} tokens on the {plan.kv_home}: the longest prompt and answer "
         f"{plan.max_sequence_tokens} tokens",
     ]
+    if plan.prefix_tokens:
+        lines.append(
+            f"prefix    {plan.prefix_tokens} tokens that nearly all prompts begin with are computed once and shared"
+        )
     if plan.groups:
         lines.append(_experts(plan))
     if plan.compute_dtype != plan.kv_dtype:

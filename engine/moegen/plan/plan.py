@@ -61,6 +61,7 @@ class Plan:
     reader_threads: int
     host: MemoryUse
     device_memory: MemoryUse  # all 0 on a CPU device
+    prefix_tokens: int = 0  # that nearly all prompts begin with, in whole pages: computed once, shared by all rows
 
     @property
     def max_sequence_tokens(self) -> int:

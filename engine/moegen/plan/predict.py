@@ -52,9 +52,10 @@ def predict(footprint: Footprint, plan: Plan, rates: Rates, workload: Workload) 
     """Simulates the job under `plan`. `rates` must be measured."""
     scale = max(min(workload.concurrency(plan), workload.rows) / _SIMULATED_SEQUENCES, 1.0)
     rows = max(round(workload.rows / scale), 1)
+    shared = plan.prefix_tokens // plan.page_tokens  # one, however many rows are simulated
     small = replace(
         plan,
-        kv_pages=max(round(plan.kv_pages / scale), -(-workload.longest // plan.page_tokens)),
+        kv_pages=max(round((plan.kv_pages - shared) / scale) + shared, -(-workload.longest // plan.page_tokens)),
         pass_tokens=max(round(plan.pass_tokens / scale), 1),
         level_tokens=max(round(plan.level_tokens / scale), 1),
     )
@@ -105,12 +106,14 @@ def simulate(plan: Plan, workload: Workload, window: int = WINDOW_ROWS) -> Run:
     """The passes that the scheduler makes of `workload` under `plan`."""
     requests = list(_requests(workload))
     ledger = PageLedger(plan.kv_pages, plan.page_tokens)
-    scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window)
+    prefix = (0,) * plan.prefix_tokens
+    scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, prefix)
     passes: list[tuple[float, ...]] = []
     waiting, admitting = workload.rows, 0
     while chunks := scheduler.next_chunks():
         passes.append(_counted(chunks))
-        waiting -= sum(chunk.start == 0 for chunk in chunks)
+        waiting -= len(scheduler.begun)
+        scheduler.begun.clear()
         admitting = len(passes) if waiting > 0 else admitting
         for chunk in chunks:
             chunk.sequence.computed += chunk.length

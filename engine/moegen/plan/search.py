@@ -197,7 +197,13 @@ class _Search:
             reader_threads=readers,
             host=host,
             device_memory=device,
+            prefix_tokens=self._prefix_tokens(fixed.page_tokens or _PAGE_TOKENS),
         )
+
+    def _prefix_tokens(self, page_tokens: int) -> int:
+        """In whole pages, as they are shared."""
+        shared = self.workload.prefix_tokens if self.engine.plan.share_prefix else 0
+        return shared // page_tokens * page_tokens
 
     def _grouping(self, resident: int) -> dict[str, Any]:
         """Where nothing moves, a layer is one group: nothing is gained by cutting it."""

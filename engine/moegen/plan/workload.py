@@ -17,11 +17,13 @@ from moegen.plan.plan import Plan
 class Workload:
     """`rows` rows whose lengths are drawn from `lengths`, each a (prompt tokens, answer tokens) pair, equally likely.
 
-    With as many lengths as rows, each row has its own.
+    With as many lengths as rows, each row has its own. Of a plan that shares a prefix, every prompt is taken to begin
+    with it.
     """
 
     rows: int
     lengths: tuple[tuple[int, int], ...]
+    prefix_tokens: int = 0  # that nearly all prompts begin with
 
     @classmethod
     def of(cls, rows: int, prompt_tokens: Sequence[int], answer_tokens: Sequence[int]) -> Workload:
@@ -48,8 +50,9 @@ class Workload:
 
     def room(self, plan: Plan) -> float:
         """Sequences that the pages and the tokens of a pass allow in the steady state."""
-        pages = plan.kv_pages * plan.page_tokens / (self.mean_context + 1.5 * plan.page_tokens)  # one page is reserved
-        tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self.mean_prompt - 1)
+        own = max(self.mean_context - plan.prefix_tokens, 1.0)
+        pages = (plan.kv_pages * plan.page_tokens - plan.prefix_tokens) / (own + 1.5 * plan.page_tokens)  # 1 in reserve
+        tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self._mean_computed(plan) - 1)
         return min(max(pages, 1.0), max(tokens, 1.0))
 
     def concurrency(self, plan: Plan) -> float:
@@ -60,7 +63,7 @@ class Workload:
         """The mean pass of the steady state, every field `[1]`."""
         sequences = self.concurrency(plan)
         starting = sequences / self.mean_answer  # of those sequences, in each pass
-        return self._load([starting], [sequences - starting])
+        return self._load(plan, [starting], [sequences - starting])
 
     def phases(self, plan: Plan) -> tuple[Load, Floats]:
         """The job as passes that admit rows and passes after the last admission: the mean of each, and their number.
@@ -74,26 +77,36 @@ class Workload:
         draining = answer - 1
         left = in_flight * (draining - (min(admitting, answer) - 1) / 2)  # tokens that are then still to be generated
         before = max(self.rows * draining - left, 0.0)
-        load = self._load([self.rows / admitting, 0.0], [before / admitting, left / max(draining, 1e-9)])
+        load = self._load(plan, [self.rows / admitting, 0.0], [before / admitting, left / max(draining, 1e-9)])
         return load, np.array([admitting, draining])
 
-    def _load(self, starting: Sequence[float], decoding: Sequence[float]) -> Load:
+    def _load(self, plan: Plan, starting: Sequence[float], decoding: Sequence[float]) -> Load:
         """Passes in which so many sequences are prefilled, and so many have a decode token."""
         prefills, decodes = np.array(starting), np.array(decoding)
+        prefilled = prefills * self._mean_computed(plan)
         return Load(
-            tokens=decodes + prefills * self.mean_prompt,
+            tokens=decodes + prefilled,
             sequences=decodes + prefills,
             sampled=decodes + prefills,
             decode_sequences=decodes,
             decode_kv_tokens=decodes * self.mean_context,
             prefill_chunks=prefills,
-            prefill_tokens=prefills * self.mean_prompt,
-            prefill_pairs=prefills * self._mean_pairs,
+            prefill_tokens=prefilled,
+            prefill_pairs=prefills * max(self._mean_pairs - _pairs(plan.prefix_tokens), 1.0),
         )
+
+    def _mean_computed(self, plan: Plan) -> float:
+        """Tokens of a prompt that are its own to compute."""
+        return max(self.mean_prompt - plan.prefix_tokens, 1.0)
 
     @cached_property
     def _mean_pairs(self) -> float:
-        return float(np.mean([prompt * (prompt + 1) / 2 for prompt, _ in self.lengths]))
+        return float(np.mean([_pairs(prompt) for prompt, _ in self.lengths]))
+
+
+def _pairs(prompt_tokens: int) -> float:
+    """Of a query and a key at or before it."""
+    return prompt_tokens * (prompt_tokens + 1) / 2
 
 
 UNKNOWN = Workload.of(100_000, (128, 512, 1024), (64, 256))

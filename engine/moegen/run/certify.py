@@ -2,8 +2,9 @@
 
 The model's own config is shrunk to a tiny geometry that keeps every feature (layer kinds, windows, rotary scaling,
 routing rules), given random float32 weights, and run both ways: transformers' own forward, one sequence at a time, and
-the engine's passes, which mix chunked prefill and decode of ragged sequences over small pages, with preemption. Equal
-in two stages: the model runs staged. Equal through the seams only: its layers run whole. Neither: it is refused.
+the engine's passes, which mix chunked prefill and decode of ragged sequences over small pages, with preemption and
+with a prefix that some of them share. Equal in two stages: the model runs staged. Equal through the seams only: its
+layers run whole. Neither: it is refused.
 """
 
 from __future__ import annotations
@@ -145,7 +146,11 @@ def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
 def _probe_sequences(vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
     lengths = [p + a for p, a in zip(_PROMPTS, _ANSWERS, strict=True)]
-    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    sequences = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    for sequence, prompt in zip(sequences, _PROMPTS, strict=True):
+        if prompt > _PAGE_TOKENS:
+            sequence[:_PAGE_TOKENS] = sequences[-1][:_PAGE_TOKENS]
+    return sequences
 
 
 @torch.inference_mode()
@@ -185,7 +190,8 @@ def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float
         Request(row, tuple(tokens[:prompt]), Sampling(max_tokens=len(tokens) - prompt + 1))
         for row, (tokens, prompt) in enumerate(zip(sequences, _PROMPTS, strict=True))
     )
-    scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS)
+    prefix = tuple(sequences[-1][:_PAGE_TOKENS])
+    scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS, prefix=prefix)
     worst, scale = 0.0, max(float(logits.abs().max()) for logits in expected)
     while (step := scheduler.next_step()) is not None:
         pieces = forward(

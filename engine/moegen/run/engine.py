@@ -138,16 +138,19 @@ class Engine:
         del self.host, self.pool
 
     def generate(
-        self, requests: Iterable[Request], *, window: int = WINDOW_ROWS
+        self, requests: Iterable[Request], *, prefix: tuple[int, ...] = (), window: int = WINDOW_ROWS
     ) -> Generator[Begun | Finished | PassReport, None, None]:
         """Runs requests as they come from the iterator, drawn `window` at a time and only as pages become free.
+
+        Of `prefix`, token ids with which most of them begin, the plan's `prefix_tokens` are computed once for all.
 
         Yields which rows enter before the pass in which they do, each row as it ends, in any order, and one report
         after every pass.
         """
         plan = self.plan
         ledger = PageLedger(plan.kv_pages, plan.page_tokens)
-        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window)
+        shared = prefix[: plan.prefix_tokens]
+        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, shared)
         texts: dict[Sequence, TextStream] = {}
         self.recorder.begin()
         with Masks() as masks:

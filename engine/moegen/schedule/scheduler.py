@@ -10,6 +10,7 @@ Invariants:
 - Once no more rows come, rows enter only as fast as keeps the remaining passes of one size: see `level`.
 - The oldest sequence is never preempted for another, and no sequence is admitted that could outgrow the whole
   pool: so the oldest always ends, and admission cannot livelock.
+- Rows that begin alike share the pages of that beginning: see `prefix`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from moegen.row import RowError, Status
 from moegen.schedule.level import Level
 from moegen.schedule.pages import PageLedger
+from moegen.schedule.prefix import SharedPrefix
 from moegen.schedule.sequence import Finished, Request, Sequence
 from moegen.schedule.step import Chunk, Step
 
@@ -40,8 +42,9 @@ class Scheduler:
         pass_tokens: int,
         level_tokens: int | None = None,
         window: int = WINDOW_ROWS,
+        prefix: tuple[int, ...] = (),
     ) -> None:
-        """Without `level_tokens`, every pass is as large as it can be."""
+        """Without `level_tokens`, every pass is as large as it can be. `prefix`: tokens with which most rows begin."""
         self.ledger = ledger
         self.pass_tokens = pass_tokens
         self.running: list[Sequence] = []  # oldest first
@@ -53,6 +56,7 @@ class Scheduler:
         self._drawn = 0
         self._exhausted = False  # no more rows come
         self._level = Level(pass_tokens, pass_tokens if level_tokens is None else level_tokens)
+        self._prefix = SharedPrefix(prefix, ledger)
 
     def next_step(self) -> Step | None:
         """The next pass, or None when every request has ended (rows newly refused may remain in `refused`)."""
@@ -70,18 +74,22 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):  # decode first; stable: oldest first
             room = self._level.room(sequence, taken) if sequence.pending > 1 else 1
             if length := min(sequence.pending, room):
-                chunks.append(Chunk(sequence, sequence.computed, length))
-                taken += length
+                taken += self._take(sequence, length, chunks)
         while (admitted := self._admit(taken)) is not None:
-            length = min(admitted.pending, self._level.room(admitted, taken))
-            chunks.append(Chunk(admitted, 0, length))
-            taken += length
+            taken += self._take(admitted, min(admitted.pending, self._level.room(admitted, taken)), chunks)
+        if not chunks:
+            self._prefix.drop()
         return chunks
+
+    def _take(self, sequence: Sequence, length: int, chunks: list[Chunk]) -> int:
+        chunks.append(Chunk(sequence, sequence.computed, length))
+        self._prefix.add(chunks[-1])
+        return length
 
     def end(self, sequence: Sequence) -> None:
         """The sequence is done: its pages are free at once."""
         self.running.remove(sequence)
-        self.ledger.give_back(sequence.pages)
+        self._prefix.leave(sequence)
 
     def _grow_running(self) -> None:
         index = 0
@@ -89,12 +97,12 @@ class Scheduler:
             sequence = self.running[index]
             if self.ledger.grow(sequence.pages, len(sequence.tokens)):
                 index += 1
-            else:
+            elif not self._prefix.drop():
                 self._preempt(self.running[-1])
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.ledger.give_back(sequence.pages)
+        self._prefix.leave(sequence)
         sequence.computed = 0
         self._waiting.appendleft(sequence)
 
@@ -108,16 +116,21 @@ class Scheduler:
         sequence = self._waiting[0]
         if not self._level.room(sequence, taken):
             return None
-        needed = self.ledger.pages_for(len(sequence.tokens))
-        if self.running and self.ledger.free < needed + len(self.running):
+        if not self._prefix.open_to(sequence) or not self._has_pages(sequence):
             return None
-        if not self.ledger.grow(sequence.pages, len(sequence.tokens)):
-            return None
+        self._prefix.enter(sequence)
+        self.ledger.grow(sequence.pages, len(sequence.tokens))
         self._waiting.popleft()
         self.running.append(sequence)
         self.begun.append(sequence.request.row_index)
         self.running.sort(key=lambda s: s.order)
         return sequence
+
+    def _has_pages(self, sequence: Sequence) -> bool:
+        missing = self._prefix.missing_pages(sequence) + len(self.running)
+        return self.ledger.free >= missing or (
+            not sequence.shared and self._prefix.drop() and self.ledger.free >= missing
+        )
 
     def _draw(self) -> bool:
         """Draws the next window, if there is one; rows that can never fit are refused with a status."""
@@ -133,7 +146,8 @@ class Scheduler:
                 self._exhausted = False
                 break
         for request in sorted(drawn, key=lambda r: -r.params.max_tokens):  # stable: else as they came
-            self._waiting.append(Sequence(request, self._drawn, list(request.token_ids)))
+            shared = self._prefix.shared_by(request)
+            self._waiting.append(Sequence(request, self._drawn, list(request.token_ids), shared=shared))
             self._drawn += 1
         return bool(drawn)
 

@@ -76,6 +76,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scoring: Scoring | None = None  # of a request with continuations
+    shared: int = 0  # tokens at its beginning that other rows have too: while it runs, their pages are its first
 
     def __post_init__(self) -> None:
         if self.request.continuations:
@@ -102,4 +103,5 @@ class Sequence:
     @property
     def tokens_left(self) -> int:
         """Tokens still to be computed until then; an answer's last token never is."""
-        return self.prompt_tokens + self.request.params.max_tokens - 1 - self.computed
+        computed = max(self.computed, self.shared)  # one of many computes what they share
+        return self.prompt_tokens + self.request.params.max_tokens - 1 - computed

@@ -34,8 +34,8 @@ def batch_folder(output_uri: str, job_key: str) -> str:
 
 
 def clear_batch(folder: str) -> None:
-    """Removes journal and marks, which nobody needs once every part is there. Raises `StorageError`."""
-    for name in ("journal", "attempts"):
+    """Removes what nobody needs once every part is there: journal, marks, keys. Raises `StorageError`."""
+    for name in ("journal", "attempts", "work"):
         for uri in list_below(join(folder, name)):
             remove(uri)
 

@@ -50,6 +50,7 @@ def columns_with(own: Columns, include: Collection[str] = (), answers: int = 1) 
         "finish_reason": pa.string(),
         "prompt_tokens": pa.int32(),
         "completion_tokens": pa.int32(),
+        "dedup_of": pa.int64(),
         "attempts": pa.int32(),
         "seed": pa.int64(),
         "input_truncated": pa.bool_(),

@@ -99,7 +99,8 @@ class Journal:
         return Counter(result.row_index // self._rows_per_part for result in results)
 
     def _encode(self, results: Sequence[RowResult]) -> bytes:
-        columns = [pa.array([result.row_index for result in results]), pa.array([_json(result) for result in results])]
+        rows, texts = [result.row_index for result in results], [encode_result(result) for result in results]
+        columns = [pa.array(rows), pa.array(texts)]
         sink = io.BytesIO()
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         with pa.ipc.new_file(sink, self._schema, options=options) as writer:
@@ -121,10 +122,11 @@ class Journal:
                 raise ValueError("it has other columns, or is of other work")
             table = file.read_all()
         table.validate(full=True)
-        yield from (_result(text) for text in table["result"].to_pylist())
+        yield from (decode_result(text) for text in table["result"].to_pylist())
 
 
-def _json(result: RowResult) -> str:
+def encode_result(result: RowResult) -> str:
+    """As JSON."""
     return json.dumps({name: getattr(result, name) for name in _FIELDS}, default=_plain)
 
 
@@ -133,7 +135,8 @@ def _plain(value: Any) -> Any:
     return asdict(value) if isinstance(value, RowError) else value.item()
 
 
-def _result(text: str) -> RowResult:
+def decode_result(text: str) -> RowResult:
+    """What `encode_result` made it of."""
     values: dict[str, Any] = json.loads(text)
     for name, value in values.items():
         values[name] = tuple(value) if isinstance(value, list) else value

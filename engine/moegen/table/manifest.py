@@ -28,7 +28,7 @@ class Manifest:
     format: str  # parquet or arrow
     rows: int
     statuses: dict[str, int]  # rows per status
-    prompt_tokens: int
+    prompt_tokens: int  # each work counted once: see `dedup_rows`
     completion_tokens: int
     parts: tuple[PartInfo, ...]  # in row order
     input_files: tuple[InputFile, ...]
@@ -39,6 +39,8 @@ class Manifest:
     rows_per_s: float  # rows that this run wrote, per second
     tokens_per_s: float  # tokens that this run generated, per second
     journal_rows: int = 0  # rows that this run found in the journal when it began
+    dedup_rows: int = 0  # with the answer of an earlier row that asks for the same
+    dedup_tokens: int = 0  # of their prompts and answers, which are in no other count
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)

@@ -23,23 +23,32 @@ _NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.(parquet|arrow)")
 
 @dataclass(frozen=True)
 class Totals:
-    """Rows, how many of them have which status and which error, and tokens."""
+    """Rows, how many of them have which status and which error, and tokens.
+
+    Tokens are those of rows with an answer of their own; what the others would have taken is counted beside.
+    """
 
     rows: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     errors: dict[str, int] = field(default_factory=dict)  # error code -> rows
+    dedup_rows: int = 0  # with the answer of an earlier row
+    dedup_tokens: int = 0  # of their prompts and answers
 
     @classmethod
     def of(cls, results: Iterable[RowResult]) -> Totals:
         results = list(results)
+        own = [result for result in results if result.dedup_of is None]
+        copies = [result for result in results if result.dedup_of is not None]
         return cls(
             len(results),
             dict(sorted(Counter(result.status.value for result in results).items())),
-            sum(result.prompt_tokens or 0 for result in results),
-            sum(result.completion_tokens or 0 for result in results),
+            sum(result.prompt_tokens or 0 for result in own),
+            sum(result.completion_tokens or 0 for result in own),
             dict(sorted(Counter(result.error.code for result in results if result.error is not None).items())),
+            len(copies),
+            sum((result.prompt_tokens or 0) + (result.completion_tokens or 0) for result in copies),
         )
 
     @property
@@ -63,6 +72,8 @@ class Totals:
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             dict(sorted((Counter(self.errors) + Counter(other.errors)).items())),
+            self.dedup_rows + other.dedup_rows,
+            self.dedup_tokens + other.dedup_tokens,
         )
 
 

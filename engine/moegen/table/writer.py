@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -85,6 +85,7 @@ class TableWriter:
 
     schema: pa.Schema  # of the output table
     resumed: Totals  # what was committed before this run
+    before_commit: Callable[[int], None]  # called with the number of every part that is about to be stored
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class TableWriter:
         lease: Lease | None = None,
         columns: Columns | None = None,
     ) -> None:
+        self.before_commit = lambda part: None
         self.schema = output_schema(input_schema, spec, columns)
         self._input_schema, self._lease, self._columns = input_schema, lease, columns
         self._folder = OutputFolder(spec, total_rows, fingerprint, job_key)
@@ -116,6 +118,11 @@ class TableWriter:
     def totals(self) -> Totals:
         """Counts over all committed parts."""
         return sum((part.totals for part in self._stored.values()), Totals())
+
+    @property
+    def committed(self) -> list[int]:
+        """The numbers of the committed parts."""
+        return sorted(self._stored)
 
     @property
     def complete(self) -> bool:
@@ -155,6 +162,7 @@ class TableWriter:
             return None
         table, totals = part.table(self._folder.spec, self._columns), Totals.of(part.results)
         self._check_lease()
+        self.before_commit(index)
         self._stored[index] = self._folder.commit(index, table, totals)
         del self._open[index]
         return self._stored[index].info
@@ -212,6 +220,8 @@ class TableWriter:
             rows_per_s=(totals.rows - found.rows) / seconds,
             tokens_per_s=(totals.completion_tokens - found.completion_tokens) / seconds,
             journal_rows=found.rows - self.resumed.rows,
+            dedup_rows=totals.dedup_rows,
+            dedup_tokens=totals.dedup_tokens,
         )
         write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate)
         return manifest
