@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from moegen.ops.expert_kernel import PANEL
+from moegen.ops.expert_kernel import PANEL, panel_places
 from moegen.ops.expert_weights import (
     ExpertGroup,
     ExpertMatrix,
@@ -21,6 +22,7 @@ from moegen.ops.expert_weights import (
     resident_experts,
 )
 from moegen.ops.experts import grouped_experts
+from moegen.ops.panel_packing import pack_rows
 from torch import nn
 from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -244,3 +246,18 @@ def test_machines_with_narrower_registers(lanes: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _NARROW, str(lanes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bits", [np.uint16, np.int16, np.float32], ids=["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("features", "inputs"), [(3 * PANEL, 48), (2 * PANEL + 5, 37), (PANEL - 1, 16)])
+def test_rows_are_packed_into_panels_feature_by_feature(bits, features, inputs):
+    rows_OI = np.random.default_rng(0).integers(0, 1 << 15, (features, inputs)).astype(bits)
+    places_P = panel_places(bits is np.uint16)
+    expected_NIP = np.zeros((-(-features // PANEL), inputs, PANEL), bits)
+    for feature in range(features):
+        expected_NIP[feature // PANEL, :, places_P[feature % PANEL]] = rows_OI[feature]
+    for cut in (0, 3, PANEL):  # rows may come in pieces
+        packed_NIP = np.zeros_like(expected_NIP)
+        pack_rows(packed_NIP, 0, rows_OI[:cut], places_P)
+        pack_rows(packed_NIP, cut, rows_OI[cut:], places_P)
+        np.testing.assert_array_equal(packed_NIP, expected_NIP)

@@ -17,7 +17,7 @@ from moegen.plan.plan import Plan
 from moegen.plan.predict import predict, simulate
 from moegen.plan.search import choose_plan
 from moegen.plan.workload import Workload
-from moegen.spec import Engine
+from moegen.spec import Engine, PlanOverrides
 
 from tests.engine.test_plan import SHAPE
 
@@ -144,3 +144,28 @@ def test_without_rates_or_rows_nothing_is_predicted_and_it_says_so():
     assert found.prediction is None
     assert "run: moegen probe" in explain(SHAPE, unmeasured, found)
     assert "not predicted: the rows" in explain(SHAPE, MACHINE, Outlook.of(SHAPE, MACHINE, Engine(), "auto", None))
+
+
+@pytest.mark.parametrize(("rows", "prompt", "answer"), [(256, 64, 8), (3000, 100, 20), (500, 16, 64)])
+@pytest.mark.parametrize("share", [1.0, 0.2])
+def test_the_phases_of_a_job_are_about_what_the_scheduler_makes_of_it(rows, prompt, answer, share):
+    workload = Workload.of(rows, (prompt,), (answer,))
+    plan = replace(choose_plan(SHAPE, MACHINE, Engine(host_memory="4GiB")), pass_tokens=1024, level_tokens=1024)
+    plan = replace(
+        plan, kv_pages=max(round(share * rows * (prompt + answer + plan.page_tokens) / plan.page_tokens), 64)
+    )
+    load, passes = workload.phases(plan)
+    assert float(load.sampled @ passes) == pytest.approx(rows * answer)
+    assert float(load.prefill_tokens @ passes) == pytest.approx(rows * prompt)
+    assert float(passes.sum()) == pytest.approx(len(simulate(plan, workload).load.tokens), rel=0.2)
+
+
+def test_a_job_of_few_passes_gets_the_plan_that_its_simulation_is_fastest_with():
+    workload = Workload.of(300, (64,), (16,))
+    engine = Engine(host_memory="2GiB")
+    chosen = choose_plan(SHAPE, MACHINE, engine, workload=workload)
+    seconds = predict(footprint(chosen), chosen, RATES, workload).seconds
+    for pass_tokens in (1024, 2048, 4096, 8192):
+        fixed = replace(engine, plan=PlanOverrides(pass_tokens=pass_tokens))
+        other = choose_plan(SHAPE, MACHINE, fixed, workload=workload)
+        assert seconds <= 1.02 * predict(footprint(other), other, RATES, workload).seconds

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moegen.memory.kv_pool import KVShape
 from moegen.model.dense import panel_linears
-from moegen.model.seams import ExpertStage, Observer, PassContext, Unobserved
+from moegen.model.seams import Done, ExpertStage, Observer, PassContext, Unobserved
 from moegen.model.stages import StagedLayer, has_plain_parts
 from moegen.ops.attention import AttentionRule
 from moegen.ops.expert_weights import ExpertSupply, resident_experts
@@ -132,7 +132,7 @@ class _Trace:
         self._batches = (AttentionBatch(0, 1, (), zero, zero),)
         self.tokens = 1
 
-    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], torch.Tensor]) -> torch.Tensor:
+    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], Done]) -> Done:
         return work(self._batches)
 
     def within(self, batch: AttentionBatch) -> _Trace:

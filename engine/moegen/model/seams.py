@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -34,11 +34,13 @@ _HARMLESS = frozenset(
      "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
 )  # fmt: skip
 
+Done = TypeVar("Done")  # what a stage hands back
+
 
 class PassContext(Protocol):
     """What a pass gives to its layers."""
 
-    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], torch.Tensor]) -> torch.Tensor:
+    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], Done]) -> Done:
         """`work` over the attention micro-batches, in the order in which they must run.
 
         Again, from the first on, over smaller ones where the device has no room: `work` can begin anew.

@@ -20,6 +20,7 @@ from moegen.plan.footprint import Footprint
 from moegen.plan.machine import Machine, Rates
 from moegen.plan.nominal import nominal_rates
 from moegen.plan.plan import MemoryUse, Plan
+from moegen.plan.predict import predict
 from moegen.plan.workload import UNKNOWN, Workload
 from moegen.shape import DTYPE_BYTES, ModelShape
 from moegen.spec import Engine
@@ -40,6 +41,7 @@ _READER_THREADS, _STAGING_BYTES = 3, 8 << 20  # each reader reads into a buffer 
 _RUNTIME_BYTES = 560 << 20  # resident after a tiny model has run, where no probe measured it
 _DEVICE_RUNTIME_BYTES = 768 << 20  # the device's context and its libraries' workspaces
 _MIN_SEQUENCE_TOKENS = 256  # a pool that cannot hold even this is refused
+_SIMULATED_TOKENS, _SIMULATED_PLANS = 20_000, 8  # tokens that a job generates at most, plans that are tried on it
 _KV_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the host's room, where host groups want it too
 
 
@@ -63,8 +65,7 @@ def choose_plan(
     fitting = [plan for plan in search.plans() if plan.host.spare >= 0 and plan.device_memory.spare >= 0]
     if not fitting:
         raise search.refusal()
-    best = max(fitting, key=search.worth)
-    return replace(best, level_tokens=engine.plan.level_tokens or search.level_tokens(best))
+    return search.best(fitting)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,19 @@ class _Search:
         load, passes = self.workload.phases(plan)
         seconds = CostModel(self.footprint, plan, self.rates).time(load).seconds
         return 1 / float(seconds @ passes), -plan.disk_groups, -plan.host.used
+
+    def best(self, plans: list[Plan]) -> Plan:
+        """By worth; where the job is short enough to be simulated, the fastest of those that come first."""
+        first = sorted(plans, key=self.worth, reverse=True)
+        simulated = self.workload.rows * self.workload.mean_answer <= _SIMULATED_TOKENS
+        levelled = [
+            replace(plan, level_tokens=self.engine.plan.level_tokens or self.level_tokens(plan))
+            for plan in first[: _SIMULATED_PLANS if simulated else 1]
+        ]
+        return min(levelled, key=self._simulated_seconds) if simulated else levelled[0]
+
+    def _simulated_seconds(self, plan: Plan) -> float:
+        return predict(self.footprint, plan, self.rates, self.workload).seconds
 
     def level_tokens(self, plan: Plan) -> int:
         """The smallest pass whose tokens cost hardly more time each than those of the largest."""

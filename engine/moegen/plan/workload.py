@@ -48,16 +48,16 @@ class Workload:
         prompts, answers = np.array(self.lengths, np.float64).T
         return float(np.sum(answers * (prompts + answers / 2)) / np.sum(answers))
 
-    def room(self, plan: Plan) -> float:
-        """Sequences that the pages and the tokens of a pass allow in the steady state."""
-        own = max(self.mean_context - plan.prefix_tokens, 1.0)
-        pages = (plan.kv_pages * plan.page_tokens - plan.prefix_tokens) / (own + 1.5 * plan.page_tokens)  # 1 in reserve
-        tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self._mean_computed(plan) - 1)
-        return min(max(pages, 1.0), max(tokens, 1.0))
-
     def concurrency(self, plan: Plan) -> float:
-        """Sequences in a pass of the steady state: as many as there is room for, or rows."""
-        return min(self.room(plan), self.rows)
+        """Sequences in a pass of the steady state: as many as the pages, the pass's tokens and the rows allow."""
+        tokens = plan.pass_tokens * self.mean_answer / (self.mean_answer + self._mean_computed(plan) - 1)
+        return min(self._paged(plan), max(tokens, 1.0), self.rows)
+
+    def _paged(self, plan: Plan) -> float:
+        """Sequences that there are pages for."""
+        own = max(self.mean_context - plan.prefix_tokens, 1.0)
+        room = plan.kv_pages * plan.page_tokens - plan.prefix_tokens
+        return max(room / (own + 1.5 * plan.page_tokens), 1.0)  # one page is reserved
 
     def steady_pass(self, plan: Plan) -> Load:
         """The mean pass of the steady state, every field `[1]`."""
@@ -68,17 +68,29 @@ class Workload:
     def phases(self, plan: Plan) -> tuple[Load, Floats]:
         """The job as passes that admit rows and passes after the last admission: the mean of each, and their number.
 
-        Rows enter evenly over the first phase, and each goes on for as many passes as its answer has tokens. If that
-        is longer than the phase, all rows are in flight at its end.
+        Rows enter evenly, as fast as tokens per pass and pages allow beside those that are decoding, and each goes on
+        for as many passes as its answer has tokens.
         """
-        answer = self.mean_answer
-        admitting = max(self.rows * answer / self.room(plan), 1.0)
-        in_flight = self.rows * min(answer / admitting, 1.0)  # when the last row enters
-        draining = answer - 1
-        left = in_flight * (draining - (min(admitting, answer) - 1) / 2)  # tokens that are then still to be generated
-        before = max(self.rows * draining - left, 0.0)
-        load = self._load(plan, [self.rows / admitting, 0.0], [before / admitting, left / max(draining, 1e-9)])
-        return load, np.array([admitting, draining])
+        decoded, paged = self.mean_answer - 1, self._paged(plan)  # the prefill gives the first token
+
+        def left(admitting: float) -> float:
+            """Tokens that are still to be generated when the last row has entered."""
+            in_flight = min(self.rows * min(self.mean_answer / admitting, 1.0), paged)
+            return in_flight * (decoded - (min(admitting, self.mean_answer) - 1) / 2)
+
+        def needed(admitting: float) -> float:
+            """Passes for what is done in so many."""
+            generated = max(self.rows * decoded - left(admitting), 0.0)
+            return max((self.rows * self._mean_computed(plan) + generated) / plan.pass_tokens, generated / paged, 1.0)
+
+        low, high = 1.0, self.rows * (self._mean_computed(plan) + self.mean_answer)
+        while high - low > 1e-3 * low:
+            middle = (low + high) / 2
+            low, high = (middle, high) if needed(middle) > middle else (low, middle)
+        after = left(high)
+        before = max(self.rows * decoded - after, 0.0)
+        load = self._load(plan, [self.rows / high, 0.0], [before / high, after / max(decoded, 1e-9)])
+        return load, np.array([high, decoded])
 
     def _load(self, plan: Plan, starting: Sequence[float], decoding: Sequence[float]) -> Load:
         """Passes in which so many sequences are prefilled, and so many have a decode token."""

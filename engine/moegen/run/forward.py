@@ -10,7 +10,7 @@ from torch import nn
 
 from moegen.memory.kv_pool import KVPool
 from moegen.model.host import ModelHost
-from moegen.model.seams import Observer
+from moegen.model.seams import Done, Observer
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.micro_batch import MicroBatch
 from moegen.schedule.step import AttentionBatch, Step
@@ -31,7 +31,7 @@ class Pass:
     def tokens(self) -> int:
         return self.step.tokens
 
-    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], torch.Tensor]) -> torch.Tensor:
+    def in_batches(self, work: Callable[[Sequence[AttentionBatch]], Done]) -> Done:
         return self.at_once.run(lambda most: work(self._cut(most)), self.tokens)
 
     def _cut(self, most: int) -> tuple[AttentionBatch, ...]:
