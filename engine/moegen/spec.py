@@ -20,9 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from moegen.condition import parse
 from moegen.errors import SpecError
 
 _T = typing.TypeVar("_T")
+_SHARD = re.compile(r"\d{1,9}/\d{1,9}")
 JOB_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names a folder, and a part of a URL
 
 JsonText = typing.NewType("JsonText", str)
@@ -69,15 +71,31 @@ class Input:
     format: Literal["auto", "parquet", "arrow", "csv", "jsonl"] = "auto"  # auto: by the file name's ending
     columns: tuple[str, ...] | None = None  # the input columns carried to the output; None: all
     id_column: str | None = None  # checked to exist; the row's ordinal is the key when there is none
-    limit: int | None = None  # only the first rows
+    filter: str | None = None  # only the rows for which this is true, as in "lang == 'de' and score > 0.5"
+    limit: int | None = None  # only the first rows, of those that pass the filter
+    shard: str | None = None  # "i/n", i from 0: a contiguous share of the rows, of which each keeps its index
+    # Folders that are named like lang=de are columns: those below `uri`, those in it too, or none.
+    partitions: Literal["folder", "uri", "off"] = "folder"
 
     def __post_init__(self) -> None:
         _require(bool(self.uris) and all(self.uris), "input.uri", self.uri, "name at least one file, folder or glob")
         _require(self.limit is None or self.limit >= 0, "input.limit", self.limit, "give 0 or more rows")
+        if self.filter is not None:
+            parse(self.filter)
+        _require(self.shard is None or _SHARD.fullmatch(self.shard) is not None, "input.shard", self.shard,
+                 "give i/n, as in 0/4 for the first of four")  # fmt: skip
+        index, count = self.shard_of
+        _require(index < count, "input.shard", self.shard, "shards are numbered from 0; the last of 4 is 3/4")
 
     @property
     def uris(self) -> tuple[str, ...]:
         return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """This shard's number, from 0, and how many there are."""
+        index, count = (self.shard or "0/1").split("/")
+        return int(index), int(count)
 
 
 @dataclass(frozen=True)

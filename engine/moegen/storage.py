@@ -109,12 +109,23 @@ def list_files(uri: str, is_data: Callable[[str], bool]) -> list[str]:
     fs, path = open_fs(uri)
     with storage_errors(uri, "listed"):
         if fsspec.core.has_magic(path) and not fs.exists(path):
-            root = path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
+            root = _fixed(path)
             entries = [entry for name, entry in fs.glob(path, detail=True).items() if _visible(name, root)]
         else:
             entries = [fs.info(path)]
         paths = [found for entry in entries for found in _expand(fs, entry, is_data)]
     return sorted(fs.unstrip_protocol(found) for found in paths)
+
+
+def search_root(uri: str) -> str:
+    """The URI of the folder below which `list_files` finds the files of `uri`; of a single file, the file."""
+    fs, path = open_fs(uri)
+    return str(fs.unstrip_protocol(_fixed(path) if fsspec.core.has_magic(path) else path.rstrip("/")))
+
+
+def _fixed(path: str) -> str:
+    """The folders of a glob before its first mark."""
+    return path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
 
 
 def _expand(fs: Any, entry: dict[str, Any], is_data: Callable[[str], bool]) -> list[str]:

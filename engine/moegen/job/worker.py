@@ -83,9 +83,9 @@ def run_job(
     if spec.output.mode == "create":
         batch_plan.check(folder)
     with Lease(folder, spec.checkpoint.lease_seconds, stopping) as lease:
-        writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease, columns)
+        writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease, columns, reader.first_row)
         batch_plan.write(folder)
-        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part)
+        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part, reader.first_row)
         found = journal.read(writer.is_committed)
         journaled = Totals.of(found.values())
         meter.resume(reader.rows, writer.resumed, journaled)

@@ -30,13 +30,15 @@ class StoredPart:
 class OutputFolder:
     """The folder of one piece of work: `rows` rows under `fingerprint`, in parts of `spec.rows_per_part`.
 
-    Part k holds the rows [k * rows_per_part, (k + 1) * rows_per_part). Files that are not moegen's are left alone.
+    Part k holds the rows [k * rows_per_part, (k + 1) * rows_per_part), counted from the first row of the work. Files
+    that are not moegen's are left alone.
     """
 
     spec: Output
     rows: int
     fingerprint: str
     job_key: str
+    first_row: int = 0  # row_index of the first; a shard's is not 0
 
     @property
     def part_count(self) -> int:
@@ -45,12 +47,12 @@ class OutputFolder:
 
     def rows_of(self, index: int) -> range:
         """The rows that belong to a part."""
-        size = self.spec.rows_per_part
-        return range(index * size, min((index + 1) * size, self.rows))
+        size, first = self.spec.rows_per_part, self.first_row
+        return range(first + index * size, first + min((index + 1) * size, self.rows))
 
     def parts_of(self, first_row: int, rows: int) -> range:
         """The parts that some rows touch."""
-        size = self.spec.rows_per_part
+        size, first_row = self.spec.rows_per_part, first_row - self.first_row
         return range(first_row // size, -(-(first_row + rows) // size))
 
     def clear(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from moegen.row import RowError
+from moegen.table.filter import Bounds
 from moegen.table.schema import valid_utf8
 from moegen.table.source import Chunk, View, Wanted, reading
 from moegen.table.text_file import cut, open_text
@@ -64,6 +65,10 @@ class JsonlSource:
             if wanted(first_row, len(lines)):
                 yield _chunk(first_row, lines, view)
             first_row += len(lines)
+
+    def bounds(self, first_row: int, names: Sequence[str]) -> dict[str, Bounds]:
+        """Nothing: see `Source`."""
+        return {}
 
 
 def share_types(sources: Sequence[JsonlSource]) -> None:

@@ -95,10 +95,11 @@ class TableWriter:
         job_key: str,
         lease: Lease | None = None,
         columns: Columns | None = None,
+        first_row: int = 0,
     ) -> None:
         self.schema = output_schema(input_schema, spec, columns)
         self._input_schema, self._lease, self._columns = input_schema, lease, columns
-        self._folder = OutputFolder(spec, total_rows, fingerprint, job_key)
+        self._folder = OutputFolder(spec, total_rows, fingerprint, job_key, first_row)
         if spec.mode == "create":
             self._folder.check_parts()
         self._folder.check_schema(self.schema)
@@ -129,7 +130,7 @@ class TableWriter:
     def add_batch(self, batch: RowBatch) -> list[int]:
         """Takes the carried columns of rows to come; returns the indexes of the rows that still want a result."""
         stop = batch.first_row + batch.rows
-        if stop > self._folder.rows:
+        if stop > self._folder.first_row + self._folder.rows:
             raise MoegenError(f"row {stop - 1} was added to the writer of a table of {self._folder.rows} rows")
         wanted: list[int] = []
         for index in self._folder.parts_of(batch.first_row, batch.rows):
