@@ -22,9 +22,11 @@ from typing import Any, Literal
 
 from moegen.condition import parse
 from moegen.errors import SpecError
+from moegen.spec_text import read_mapping
 
 _T = typing.TypeVar("_T")
 _SHARD = re.compile(r"\d{1,9}/\d{1,9}")
+_SHOWN = 300  # characters of a value, in an error
 JOB_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names a folder, and a part of a URL
 
 JsonText = typing.NewType("JsonText", str)
@@ -52,7 +54,9 @@ class JobState(StrEnum):
 
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
-        raise SpecError(f"{name}: {value!r} cannot be used; {remedy}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        raise SpecError(f"{name}: {shown} cannot be used; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Input:
 
     def __post_init__(self) -> None:
         _require(bool(self.uris) and all(self.uris), "input.uri", self.uri, "name at least one file, folder or glob")
+        _require("\0" not in "".join(self.uris), "input.uri", self.uri, "a name cannot hold a null byte")
         _require(self.limit is None or self.limit >= 0, "input.limit", self.limit, "give 0 or more rows")
         if self.filter is not None:
             parse(self.filter)
@@ -130,7 +135,7 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint says
 
     def __post_init__(self) -> None:
-        _require(bool(self.uri), "model.uri", self.uri, "name a checkpoint folder")
+        _require(bool(self.uri) and "\0" not in self.uri, "model.uri", self.uri, "name a checkpoint folder")
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ class Output:
     mode: Literal["create", "new_run"] = "create"  # create: resume what is there; new_run: remove it first
 
     def __post_init__(self) -> None:
-        _require(bool(self.uri), "output.uri", self.uri, "name a folder")
+        _require(bool(self.uri) and "\0" not in self.uri, "output.uri", self.uri, "name a folder")
         _require(self.rows_per_part >= 1, "output.rows_per_part", self.rows_per_part, "give 1 or more")
         for name in self.include:
             _require(name in ("token_ids", "prompt_rendered"), "output.include", name,
@@ -373,17 +378,7 @@ class JobSpec:
     @classmethod
     def read(cls, path: str | Path, overrides: typing.Iterable[str] = ()) -> JobSpec:
         """A YAML or JSON file, with `a.b=c` overrides on top (each c is read as YAML)."""
-        import yaml
-
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            # YAML reads JSON's 1e-05 as text and its escaped emoji as lone surrogates.
-            mapping = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-        except OSError as error:
-            raise SpecError(f"{path}: cannot be read: {error.strerror}; name a YAML or JSON job file") from error
-        except (yaml.YAMLError, ValueError) as error:
-            raise SpecError(f"{path}: not valid YAML or JSON: {error}") from error
-        _require(isinstance(mapping, dict), str(path), mapping, "a job file is a mapping of sections")
+        mapping = read_mapping(Path(path))
         for override in overrides:
             set_field(mapping, override)
         return cls.from_mapping(mapping)
@@ -462,6 +457,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is str and isinstance(value, date):  # a datetime is one too; what YAML makes of 2026-11-22
         return value.isoformat()
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        _require(abs(value) < 1 << 1000, path, value, "give a number that a double can hold")
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)

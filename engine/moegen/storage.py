@@ -48,11 +48,19 @@ def storage_errors(uri: str, done: str) -> Iterator[None]:
         if done == "written":
             raise StorageError(f"{uri}: cannot be written: no such bucket or folder; create it") from error
         raise InputError(f"{uri}: not found; check the name, and that the object still exists") from error
-    except PermissionError as error:
-        raise StorageError(f"{uri}: may not be {done}: {error}; check credentials and permissions") from error
+    except OSError as error:
+        if done != "written" and error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
+            raise InputError(f"{uri}: not found: {error.strerror}; check the name") from error
+        raise _refused(uri, done, error) from error
     except Exception as error:  # backends raise their own libraries' errors, which share no base class
-        reason = f"{type(error).__name__}: {error}"
-        raise StorageError(f"{uri}: cannot be {done}: {reason}; check credentials, endpoint and free space") from error
+        raise _refused(uri, done, error) from error
+
+
+def _refused(uri: str, done: str, error: Exception) -> StorageError:
+    if isinstance(error, PermissionError):
+        return StorageError(f"{uri}: may not be {done}: {error}; check credentials and permissions")
+    reason = f"{type(error).__name__}: {error}"
+    return StorageError(f"{uri}: cannot be {done}: {reason}; check credentials, endpoint and free space")
 
 
 def open_fs(uri: str) -> tuple[Any, str]:

@@ -158,10 +158,11 @@ def _chunks(batches: Iterable[Any], first_row: int, stop: int, view: View, wante
 
 def _carried(piece: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
     columns = []
+    own = dict(zip(piece.schema.names, piece.columns, strict=True))
     for field in schema:
-        index = piece.schema.get_field_index(field.name)
-        missing = index < 0 or piece.schema.field(index).type != field.type  # absent, or of type null
-        columns.append(pa.nulls(piece.num_rows, field.type) if missing else piece.column(index))
+        column = own.get(field.name)
+        missing = column is None or column.type != field.type  # absent, or of type null
+        columns.append(pa.nulls(piece.num_rows, field.type) if missing else column)
     return pa.Table.from_arrays(columns, schema=schema)
 
 

@@ -251,12 +251,13 @@ def _select(table: pa.Schema, spec: Input, needed: Sequence[str], *, may_be_unkn
     asked = [("input.columns", name) for name in carried] + [("prompt and sampling", name) for name in needed]
     if spec.id_column is not None:
         asked.append(("input.id_column", spec.id_column))
+    known = {field.name: field for field in table}
     for where, name in asked:
-        if name not in table.names and not may_be_unknown:
+        if name not in known and not may_be_unknown:
             raise SpecError(f"{where}: the input has no column {name!r}; {_hint(name, table.names)}")
     if len(set(carried)) < len(carried):
         raise SpecError(f"input.columns: {list(carried)} names a column twice; name each once")
-    return pa.schema([table.field(name) if name in table.names else pa.field(name, pa.string()) for name in carried])
+    return pa.schema([known.get(name, pa.field(name, pa.string())) for name in carried])
 
 
 def _hint(name: str, names: Sequence[str]) -> str:

@@ -25,8 +25,9 @@ def output_schema(input_schema: pa.Schema, output: Output, columns: Columns | No
         SpecError: a result column has the name of an input column.
     """
     results = _result_schema(output, columns)
+    carried = set(input_schema.names)
     for name in results.names:
-        if name in input_schema.names:
+        if name in carried:
             raise SpecError(
                 f"output.prefix: {output.prefix!r} gives a result column the name {name!r}, which an input column has;"
                 " set another output.prefix, or leave the input column out with input.columns"
