@@ -72,7 +72,8 @@ class Input:
     """The table to read."""
 
     uri: str | tuple[str, ...]  # file, glob, folder or a list of them; any fsspec scheme
-    format: Literal["auto", "parquet", "arrow", "csv", "jsonl"] = "auto"  # auto: by the file name's ending
+    # auto: by the file name's ending, which cannot tell OpenAI's batch files from other JSONL
+    format: Literal["auto", "parquet", "arrow", "csv", "jsonl", "openai_jsonl"] = "auto"
     columns: tuple[str, ...] | None = None  # the input columns carried to the output; None: all
     id_column: str | None = None  # checked to exist; the row's ordinal is the key when there is none
     filter: str | None = None  # only the rows for which this is true, as in "lang == 'de' and score > 0.5"
@@ -207,7 +208,7 @@ class Output:
     """The table to write."""
 
     uri: str  # a folder; parts, manifest and _SUCCESS go there
-    format: Literal["parquet", "arrow"] = "parquet"
+    format: Literal["parquet", "arrow", "openai_jsonl"] = "parquet"
     rows_per_part: int = 16_384
     prefix: str = ""  # put before every output column's name, where names collide with the input's
     include: tuple[str, ...] = ()  # extra columns: token_ids, prompt_rendered
@@ -217,6 +218,8 @@ class Output:
     def __post_init__(self) -> None:
         _require(bool(self.uri) and "\0" not in self.uri, "output.uri", self.uri, "name a folder")
         _require(self.rows_per_part >= 1, "output.rows_per_part", self.rows_per_part, "give 1 or more")
+        _require(self.format != "openai_jsonl" or not self.include, "output.include", self.include,
+                 "openai_jsonl has no place for it")  # fmt: skip
         for name in self.include:
             _require(name in ("token_ids", "prompt_rendered"), "output.include", name,
                      "choose from token_ids, prompt_rendered")  # fmt: skip
@@ -354,6 +357,12 @@ class JobSpec:
             _require(
                 continuation is None, "prompt.continuation_column", continuation, "only task score has a use for it"
             )
+        if self.output.format == "openai_jsonl":
+            _require(
+                self.task == "generate", "task", self.task, "output.format=openai_jsonl has places for answers only"
+            )
+            _require(self.sampling.logprobs is None, "sampling.logprobs", self.sampling.logprobs,
+                     "output.format=openai_jsonl has no place for token ids")  # fmt: skip
         if self.task != "generate":
             _require(self.sampling.n == 1, "sampling.n", self.sampling.n, f"task {self.task} samples nothing")
             _require(self.sampling.logprobs is None, "sampling.logprobs", self.sampling.logprobs,
@@ -373,6 +382,7 @@ class JobSpec:
             sampling = mapping.get("sampling") or {}
             if isinstance(sampling, typing.Mapping):  # nothing is generated, so max_tokens need not be given
                 mapping = {**mapping, "sampling": {"max_tokens": 1, **sampling}}
+        mapping = _with_openai_columns(mapping)
         return from_mapping(cls, mapping, "")
 
     @classmethod
@@ -390,6 +400,19 @@ class JobSpec:
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces, so that equal specifications are equal strings."""
         return json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
+
+
+def _with_openai_columns(mapping: typing.Mapping[str, Any]) -> typing.Mapping[str, Any]:
+    """Where the input is an OpenAI batch file, prompts and parameters come from its lines unless something is said."""
+    sections = [mapping.get(name) if isinstance(mapping, typing.Mapping) else None for name in ("input", "sampling")]
+    table, sampling = ({} if section is None else section for section in sections)
+    if not isinstance(table, typing.Mapping) or table.get("format") != "openai_jsonl":
+        return mapping
+    found = {**mapping, "prompt": mapping.get("prompt") or {"messages_column": "messages"}}
+    found["input"] = {"id_column": "custom_id", **table}
+    if isinstance(sampling, typing.Mapping):
+        found["sampling"] = {"params_column": "params", **sampling}
+    return found
 
 
 def set_field(mapping: dict[str, Any], override: str) -> None:

@@ -146,9 +146,9 @@ COLUMNAR = (
     }, rows={"ready": 3}),
     Hostile("parquet without columns", {"t.parquet": parquet(pa.table({}))}, exit_code=64, said="no column 'prompt'"),
     Hostile("one giant row group", {
-        "t.parquet": parquet(lambda: {"prompt": [f"prompt {i % 999} " + "x" * 100 for i in range(100_000)]},
-                             row_group_size=100_000),
-    }, rows={"ready": 100_000}),
+        "t.parquet": parquet(lambda: {"prompt": [f"prompt {i % 999} " + "x" * 100 for i in range(20_000)]},
+                             row_group_size=20_000),
+    }, rows={"ready": 20_000}),
     Hostile("three thousand row groups", {
         "t.parquet": parquet(lambda: {"prompt": [f"p{i}" for i in range(3000)]}, row_group_size=1),
     }, rows={"ready": 3000}),
@@ -379,14 +379,14 @@ SPECS = (
     Hostile("a section twice in YAML", job=_job("input: {uri: a}", "input: {uri: b}"), exit_code=64, said="twice"),
     Hostile("a bomb of anchors", job=bomb, exit_code=64, said="anchors"),
     Hostile("an anchor that holds itself", job=_job("input: &a {uri: [*a]}"), exit_code=64, said="itself"),
-    Hostile("YAML nested without end", job=_job("input: " + "[" * 50_000), exit_code=64, said="deep"),
+    Hostile("YAML nested without end", job=_job("input: " + "[" * 5_000), exit_code=64, said="deep"),
     Hostile("YAML nested deeply and closed", job=_job("input: " + "[" * 800 + "]" * 800), exit_code=64, said="deep"),
     Hostile("YAML that makes Python objects", job=_job("input: !!python/object/apply:os.system ['true']"),
             exit_code=64, said="python/object"),
     Hostile("a job file of two megabytes", job=_job("# " + "x" * 2_000_000), exit_code=64, said="MiB"),
     Hostile("a number of ten thousand digits", job=_job("sampling: {max_tokens: " + "9" * 10_000 + "}"),
             exit_code=64, said="digits"),
-    Hostile("a value of a megabyte", spec={"output.mode": "x" * 900_000}, exit_code=64, said="output.mode"),
+    Hostile("a value of 200,000 characters", spec={"output.mode": "x" * 200_000}, exit_code=64, said="output.mode"),
 )  # fmt: skip
 
 CORPUS = (*COLUMNAR, *TEXT, *ROWS, *SPECS)

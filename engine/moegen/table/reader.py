@@ -19,6 +19,7 @@ from moegen.table.csv_source import CsvSource
 from moegen.table.filter import Bounds, Filter
 from moegen.table.jsonl_source import JsonlSource, share_types
 from moegen.table.member import Member
+from moegen.table.openai_source import OpenAiSource
 from moegen.table.partitions import names_in, scalars, types_of
 from moegen.table.source import Source, Values, View, Wanted
 
@@ -29,6 +30,7 @@ _SOURCES: dict[str, Callable[[str, int | None], Source]] = {
     "arrow": ArrowSource,
     "csv": CsvSource,
     "jsonl": JsonlSource,
+    "openai_jsonl": OpenAiSource,
 }
 _ENDINGS = {
     ".parquet": "parquet",
