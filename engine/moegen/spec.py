@@ -210,6 +210,7 @@ class Output:
     uri: str  # a folder; parts, manifest and _SUCCESS go there
     format: Literal["parquet", "arrow", "openai_jsonl"] = "parquet"
     rows_per_part: int = 16_384
+    partition_by: tuple[str, ...] = ()  # input columns; rows go to folders named after their values, as in lang=de
     prefix: str = ""  # put before every output column's name, where names collide with the input's
     include: tuple[str, ...] = ()  # extra columns: token_ids, prompt_rendered
     on_length: Literal["null", "keep"] = "null"  # whether `output` holds an answer that was cut at max_tokens
@@ -218,6 +219,8 @@ class Output:
     def __post_init__(self) -> None:
         _require(bool(self.uri) and "\0" not in self.uri, "output.uri", self.uri, "name a folder")
         _require(self.rows_per_part >= 1, "output.rows_per_part", self.rows_per_part, "give 1 or more")
+        _require(len(set(self.partition_by)) == len(self.partition_by), "output.partition_by", self.partition_by,
+                 "name each column once")  # fmt: skip
         _require(self.format != "openai_jsonl" or not self.include, "output.include", self.include,
                  "openai_jsonl has no place for it")  # fmt: skip
         for name in self.include:

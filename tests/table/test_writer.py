@@ -83,7 +83,7 @@ def test_a_part_appears_with_its_last_result(tmp_path: Path) -> None:
     assert part_bytes(tmp_path / "out") == {}
     info = writer.add(results[0])
     assert info is not None
-    assert (info.rows, list(part_bytes(tmp_path / "out"))) == (100, [info.name])
+    assert (info.rows, list(part_bytes(tmp_path / "out"))) == (100, [info.files[0].name])
     assert writer.is_committed(0, 100)
     assert not writer.is_committed(99, 2)
     assert writer.totals.statuses == {"ok": 100}

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from moegen.errors import InputError, SpecError, StorageError
+from moegen.row import RowResult
 from moegen.spec import Output
-from moegen.storage import check_writable, describe, join, list_below, list_names, put_create, remove
+from moegen.storage import check_writable, describe, join, list_below, list_names, names_below, put_create, remove
 from moegen.table.batch_plan import BATCH_NAME
 from moegen.table.manifest import MANIFEST_NAME, SUCCESS_NAME, read_manifest
 from moegen.table.part import Footer, PartInfo, Totals, encode, is_part_name, part_name, read_footer, unwritable_column
+from moegen.table.partitions import folder_of, names_in
 
 _FOOTERS_AT_ONCE = 16  # requests in flight, where storage is far away
+_LONGEST_FOLDER = 200  # characters; file systems end at 255 bytes
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """A committed part and what its footer counts."""
+    """A committed part: its file, or with `output.partition_by` one for each of its values, and what they count."""
 
-    info: PartInfo
+    files: tuple[PartInfo, ...]
     totals: Totals
+
+    @property
+    def rows(self) -> int:
+        return self.totals.rows
+
+    def __add__(self, other: StoredPart) -> StoredPart:
+        return StoredPart(self.files + other.files, self.totals + other.totals)
 
 
 @dataclass(frozen=True)
@@ -57,10 +71,12 @@ class OutputFolder:
 
     def clear(self) -> None:
         """Removes every part, the manifest, `_SUCCESS` and what is kept for resuming, whatever work they are of."""
-        names = list_names(self.spec.uri)
-        for name in [SUCCESS_NAME, MANIFEST_NAME, *filter(is_part_name, names)]:  # the proof goes first
-            if name in names:
-                remove(self._uri(name))
+        for name in [
+            SUCCESS_NAME,
+            MANIFEST_NAME,
+            *part_names(self.spec.uri, self.spec.partition_by),
+        ]:  # the proof first
+            remove(self._uri(name))
         for uri in list_below(self._uri(BATCH_NAME)):
             if not uri.rpartition("/")[2].startswith("lease-"):  # who runs stays known
                 remove(uri)
@@ -73,8 +89,8 @@ class OutputFolder:
             StorageError: storage refused.
         """
         own = {self._name(index) for index in range(self.part_count)}
-        for name in filter(is_part_name, list_names(self.spec.uri)):
-            if name not in own:
+        for name in part_names(self.spec.uri, self.spec.partition_by):
+            if name.rpartition("/")[2] not in own:
                 raise self._other_work(name)
 
     def check_schema(self, schema: pa.Schema) -> None:
@@ -93,11 +109,24 @@ class OutputFolder:
         """
         self.check_parts()
         own = {self._name(index): index for index in range(self.part_count)}
-        found = [own[name] for name in list_names(self.spec.uri) if name in own]
+        names = part_names(self.spec.uri, self.spec.partition_by)
         digests = self._known_digests()
+        found: dict[int, StoredPart] = {}
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE, thread_name_prefix="footers") as pool:
-            stored = pool.map(lambda index: self._stored(index, digests.get(self._name(index))), found)
-            return dict(zip(found, stored, strict=True))
+            for name, file in zip(
+                names, pool.map(lambda name: self._stored(name, digests.get(name)), names), strict=True
+            ):
+                index = own[name.rpartition("/")[2]]
+                found[index] = found[index] + file if index in found else file
+        return {index: part for index, part in found.items() if self._is_whole(index, part)}
+
+    def _is_whole(self, index: int, part: StoredPart) -> bool:
+        """With `output.partition_by`, a crash may have come between two files of a part: then it is no part yet."""
+        rows, expected = part.rows, len(self.rows_of(index))
+        if rows > expected or (rows < expected and not self.spec.partition_by):
+            uri = self._uri(part.files[0].name)
+            raise StorageError(f"{uri}: says {rows} rows where {expected} belong; remove it and run again")
+        return rows == expected
 
     def prepare(self) -> None:
         """Finds out before the first row, not at the first part, whether the rest can be written.
@@ -108,18 +137,57 @@ class OutputFolder:
         check_writable(self.spec.uri)
         remove(self._uri(SUCCESS_NAME))  # a part that it vouched for is gone
 
-    def commit(self, index: int, table: pa.Table, totals: Totals) -> StoredPart:
-        """Stores a part by one create-only PUT; when another attempt was faster, what that one stored counts.
+    def commit(self, index: int, table: pa.Table, results: Sequence[RowResult]) -> StoredPart:
+        """Stores a part by create-only PUTs; where another attempt was faster, what that one stored counts.
+
+        A part is one file, there or not; or, with `output.partition_by`, one for each of its rows' values there, whole
+        when the rows of its files are as many as belong to it. Which rows are in which depends on the input alone.
 
         Raises:
             InputError: the format cannot hold a column's value.
             StorageError: storage refused.
         """
+        groups = self._groups(table)
+        files = [self._commit_file(index, folder, table, results, rows) for folder, rows in groups.items()]
+        return sum(files[1:], files[0])
+
+    def check_values(self, carried: pa.Table) -> None:
+        """Before rows are run: whether folders can be named after them. Raises `InputError` when one cannot."""
+        for column in self.spec.partition_by:
+            for value in map(_folder_value, pc.unique(carried[column]).to_pylist()):
+                if len(folder_of({column: value})) > _LONGEST_FOLDER:
+                    raise InputError(
+                        f"output.partition_by: a value of column {column!r} makes a folder's name of more than "
+                        f"{_LONGEST_FOLDER} characters; choose a column of few and short values"
+                    )
+
+    def _groups(self, table: pa.Table) -> dict[str, list[int]]:
+        """Folder -> the table's rows that belong there, in order; an empty table has its place in the folder itself."""
+        groups: dict[str, list[int]] = {}
+        columns = [table[column].to_pylist() for column in self.spec.partition_by]
+        if not columns or not table.num_rows:
+            return {"": list(range(table.num_rows))}
+        for row, values in enumerate(zip(*columns, strict=True)):
+            names = dict(zip(self.spec.partition_by, map(_folder_value, values), strict=True))
+            groups.setdefault(folder_of(names), []).append(row)
+        return dict(sorted(groups.items()))
+
+    def _commit_file(
+        self, index: int, folder: str, table: pa.Table, results: Sequence[RowResult], rows: Sequence[int]
+    ) -> StoredPart:
+        name = f"{folder}/{self._name(index)}".lstrip("/")
+        if folder:
+            table, results = table.take(rows), [results[row] for row in rows]
+        totals = Totals.of(results)
         data = self._encode(index, table, totals)
-        if not put_create(self._uri(self._name(index)), data):
-            return self._stored(index, None)
-        digest = hashlib.sha256(data).hexdigest()
-        return StoredPart(PartInfo(self._name(index), table.num_rows, len(data), digest), totals)
+        if not put_create(self._uri(name), data):
+            stored = self._stored(name, None)
+            if stored.rows != len(rows):
+                raise StorageError(
+                    f"{self._uri(name)}: says {stored.rows} rows where {len(rows)} belong; remove it and run again"
+                )
+            return stored
+        return StoredPart((PartInfo(name, len(rows), len(data), hashlib.sha256(data).hexdigest()),), totals)
 
     def _name(self, index: int) -> str:
         return part_name(index, self.fingerprint, self.spec.format)
@@ -129,6 +197,8 @@ class OutputFolder:
 
     def _encode(self, index: int, table: pa.Table, totals: Totals) -> bytes:
         footer = Footer(self.job_key, self.fingerprint, index, self.spec.prefix, totals)
+        if self.spec.partition_by:  # the folder says it
+            table = table.drop_columns([name for name in self.spec.partition_by if name in table.column_names])
         try:
             return encode(table, footer, self.spec.format)
         except pa.ArrowException as error:
@@ -146,18 +216,58 @@ class OutputFolder:
             raise self._other_work(MANIFEST_NAME)
         return {part.name: part.sha256 for part in manifest.parts}
 
-    def _stored(self, index: int, sha256: str | None) -> StoredPart:
-        uri = self._uri(self._name(index))
+    def _stored(self, name: str, sha256: str | None) -> StoredPart:
+        uri = self._uri(name)
         footer = read_footer(uri)
         if not self.fingerprint.startswith(footer.fingerprint):  # a part of no lines names none
-            raise self._other_work(self._name(index))
-        rows, expected = footer.totals.rows, len(self.rows_of(index))
-        if rows != expected:
-            raise StorageError(f"{uri}: says {rows} rows where {expected} belong; remove it and run again")
-        return StoredPart(PartInfo(self._name(index), rows, describe(uri).size_bytes, sha256), footer.totals)
+            raise self._other_work(name)
+        info = PartInfo(name, footer.totals.rows, describe(uri).size_bytes, sha256)
+        return StoredPart((info,), footer.totals)
 
     def _other_work(self, name: str) -> SpecError:
         return SpecError(
             f"output.uri: {self._uri(name)} belongs to other work (another input, prompt, model, sampling or output"
             " format); use another folder, or output.mode=new_run to remove it"
         )
+
+
+def part_names(folder: str, partition_by: Sequence[str]) -> list[str]:
+    """The names of the parts in an output folder, with the folders after partition columns that they are in.
+
+    Folders of other names are not looked into: they may be outputs themselves.
+    """
+    if not partition_by:
+        return list(filter(is_part_name, list_names(folder)))
+    paths = [path.split("/") for path in names_below(folder)]
+    return ["/".join(path) for path in paths if is_part_name(path[-1]) and _is_partition(path[:-1], partition_by)]
+
+
+def _is_partition(folders: Sequence[str], partition_by: Sequence[str]) -> bool:
+    named = [*names_in("/".join(folders))] if all("=" in name for name in folders) else None
+    return named in ([], [*partition_by])
+
+
+def _folder_value(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value.isoformat() if isinstance(value, date) else str(value)
+
+
+def check_partition_columns(schema: pa.Schema, partition_by: Sequence[str]) -> None:
+    """Raises `SpecError` when folders cannot be named after one of the columns."""
+    for name in partition_by:
+        if name not in schema.names:
+            raise SpecError(
+                f"output.partition_by: no input column {name!r} is carried to the output; name one of "
+                f"{', '.join(map(repr, schema.names)) or 'none'} (results are not known before they are there)"
+            )
+        type_ = schema.field(name).type
+        plain = type_.value_type if pa.types.is_dictionary(type_) else type_
+        text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
+        if not (text or pa.types.is_integer(plain) or pa.types.is_boolean(plain) or pa.types.is_date(plain)):
+            raise SpecError(
+                f"output.partition_by: column {name!r} is {type_}; folders are named after text, whole numbers, "
+                "dates, true and false"
+            )
