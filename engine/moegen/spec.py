@@ -204,6 +204,18 @@ class JobSampling(Sampling):
 
 
 @dataclass(frozen=True)
+class Iceberg:
+    """A table in a catalog that pyiceberg is configured for."""
+
+    table: str  # with its namespace, as in lake.answers
+    catalog: str = "default"
+
+    def __post_init__(self) -> None:
+        _require("." in self.table.strip("."), "output.iceberg.table", self.table,
+                 "give namespace and name, as in lake.answers")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Output:
     """The table to write."""
 
@@ -215,10 +227,14 @@ class Output:
     include: tuple[str, ...] = ()  # extra columns: token_ids, prompt_rendered
     on_length: Literal["null", "keep"] = "null"  # whether `output` holds an answer that was cut at max_tokens
     mode: Literal["create", "new_run"] = "create"  # create: resume what is there; new_run: remove it first
+    iceberg: Iceberg | None = None  # the table that finished parts are registered in
 
     def __post_init__(self) -> None:
         _require(bool(self.uri) and "\0" not in self.uri, "output.uri", self.uri, "name a folder")
         _require(self.rows_per_part >= 1, "output.rows_per_part", self.rows_per_part, "give 1 or more")
+        plain = self.format == "parquet" and not self.partition_by
+        _require(self.iceberg is None or plain, "output.iceberg", self.iceberg,
+                 "it takes parts with all their columns: format parquet, without partition_by")  # fmt: skip
         _require(len(set(self.partition_by)) == len(self.partition_by), "output.partition_by", self.partition_by,
                  "name each column once")  # fmt: skip
         _require(self.format != "openai_jsonl" or not self.include, "output.include", self.include,

@@ -88,6 +88,12 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def absolute(uri: str) -> str:
+    """The URI with its scheme, and a local path from its root on."""
+    fs, path = open_fs(uri)
+    return str(fs.unstrip_protocol(path))
+
+
 def describe(uri: str) -> StoredObject:
     """Size and version of one object.
 

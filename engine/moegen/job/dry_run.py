@@ -109,7 +109,11 @@ class _Count:
 
     @property
     def repeated(self) -> int:
-        return self.ready - len(np.unique(np.frombuffer(self.digests, np.uint64))) if self.ready else 0
+        if not self.digests:
+            return 0
+        digests = np.frombuffer(self.digests, np.uint64)
+        digests.sort()  # in place: a copy would be as large as all that is kept
+        return int((digests[1:] == digests[:-1]).sum())
 
     def _keep_length(self, length: tuple[int, int]) -> None:
         """Every row is as likely as any other to be among those that are kept."""

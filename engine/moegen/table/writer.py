@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -171,6 +171,7 @@ class TableWriter:
         started_at: float,
         journaled: Totals | None = None,
         max_error_rate: float = 1.0,
+        register: Callable[[Manifest], object] | None = None,
     ) -> Manifest:
         """Proves rows in = rows out, then writes the manifest and, unless too many rows failed, `_SUCCESS`.
 
@@ -179,6 +180,7 @@ class TableWriter:
             started_at: Unix time in seconds.
             journaled: counts of the rows that this run found in the journal.
             max_error_rate: failed rows as a share of all, up to which the job has succeeded.
+            register: called between manifest and `_SUCCESS`.
 
         Raises:
             MoegenError: rows are missing.
@@ -216,7 +218,7 @@ class TableWriter:
             tokens_per_s=(totals.completion_tokens - found.completion_tokens) / seconds,
             journal_rows=found.rows - self.resumed.rows,
         )
-        write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate)
+        write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate, register=register)
         return manifest
 
     def _check_lease(self) -> None:
