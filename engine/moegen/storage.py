@@ -175,8 +175,8 @@ def list_below(folder: str) -> list[str]:
 
 def names_below(folder: str) -> list[str]:
     """The names of the files in a folder, to any depth and with the folders that they are in, sorted."""
-    root = open_fs(folder)[1].rstrip("/") + "/"
-    return [open_fs(uri)[1].removeprefix(root) for uri in list_below(folder)]
+    root = absolute(folder).rstrip("/") + "/"
+    return [uri.removeprefix(root) for uri in list_below(folder)]
 
 
 def open_input(uri: str, access: Literal["random", "sequential"]) -> BinaryIO:

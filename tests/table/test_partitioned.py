@@ -89,6 +89,18 @@ def test_other_work_in_the_folders_is_refused_or_removed(tmp_path: Path, table: 
     assert beside.read_bytes() == b"not ours"
 
 
+def test_a_new_run_with_other_folders_leaves_none_of_the_old(tmp_path: Path, table: Input) -> None:
+    run(table, output(tmp_path))
+    for columns in (("year",), ()):
+        run(
+            table,
+            Output(str(tmp_path / "out"), rows_per_part=10, partition_by=columns, mode="new_run"),
+            fingerprint="e" * 64,
+        )
+        assert {name.count("/") for name in contents(tmp_path / "out")} == {len(columns)}
+        assert inspect_output(str(tmp_path / "out")).totals.rows == 50
+
+
 def test_a_file_with_other_rows_is_not_taken_for_ours(tmp_path: Path, table: Input) -> None:
     run(table, output(tmp_path))
     folder = tmp_path / "out"

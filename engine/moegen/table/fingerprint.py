@@ -19,8 +19,7 @@ def fingerprint(spec: JobSpec, model_digest: str, tokenizer_digest: str, files: 
 
     Left out is what cannot change an answer: who asked (`job`), where it runs (`engine`), how often it is saved
     (`checkpoint`), when it ends early (`errors`, `limits`), where it goes (`output.uri`, `output.mode`,
-    `output.iceberg`) and how the
-    input was named (`input.uri`; the files it led to are in).
+    `output.iceberg`) and how the input was named (`input.uri`; the files it led to are in).
     """
     mapping = spec.to_mapping()
     for section, names in (("input", ("uri",)), ("output", ("uri", "mode", "iceberg"))):

@@ -208,6 +208,15 @@ class OutputFolder:
                 " leave it out with input.columns, or use another output.format"
             ) from error
 
+    def _listed_parts(self) -> list[str]:
+        """The parts that a manifest lists: earlier work may have had other folders."""
+        try:
+            manifest = read_manifest(self.spec.uri)
+        except InputError:  # of another version
+            return []
+        names = [] if manifest is None else [part.name for part in manifest.parts]
+        return [name for name in names if is_partition_path(name)]
+
     def _known_digests(self) -> dict[str, str | None]:
         manifest = read_manifest(self.spec.uri)
         if manifest is None:
@@ -238,13 +247,18 @@ def part_names(folder: str, partition_by: Sequence[str]) -> list[str]:
     """
     if not partition_by:
         return list(filter(is_part_name, list_names(folder)))
-    paths = [path.split("/") for path in names_below(folder)]
-    return ["/".join(path) for path in paths if is_part_name(path[-1]) and _is_partition(path[:-1], partition_by)]
+    wanted = ([], [*partition_by])
+    return [name for name in names_below(folder) if is_partition_path(name) and _columns(name) in wanted]
 
 
-def _is_partition(folders: Sequence[str], partition_by: Sequence[str]) -> bool:
-    named = [*names_in("/".join(folders))] if all("=" in name for name in folders) else None
-    return named in ([], [*partition_by])
+def is_partition_path(name: str) -> bool:
+    """Whether this is a part, below nothing but folders like `lang=de`."""
+    *folders, file = name.split("/")
+    return is_part_name(file) and all("=" in folder for folder in folders)
+
+
+def _columns(name: str) -> list[str]:
+    return [*names_in(name.rpartition("/")[0])]
 
 
 def _folder_value(value: Any) -> str | None:
@@ -253,21 +267,3 @@ def _folder_value(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     return value.isoformat() if isinstance(value, date) else str(value)
-
-
-def check_partition_columns(schema: pa.Schema, partition_by: Sequence[str]) -> None:
-    """Raises `SpecError` when folders cannot be named after one of the columns."""
-    for name in partition_by:
-        if name not in schema.names:
-            raise SpecError(
-                f"output.partition_by: no input column {name!r} is carried to the output; name one of "
-                f"{', '.join(map(repr, schema.names)) or 'none'} (results are not known before they are there)"
-            )
-        type_ = schema.field(name).type
-        plain = type_.value_type if pa.types.is_dictionary(type_) else type_
-        text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
-        if not (text or pa.types.is_integer(plain) or pa.types.is_boolean(plain) or pa.types.is_date(plain)):
-            raise SpecError(
-                f"output.partition_by: column {name!r} is {type_}; folders are named after text, whole numbers, "
-                "dates, true and false"
-            )

@@ -13,6 +13,7 @@ from moegen.errors import InputError
 from moegen.row import RowError
 from moegen.storage import join, list_names, names_below, read_bytes
 from moegen.table.arrow_source import ArrowSource, ParquetSource, to_python
+from moegen.table.folder import is_partition_path
 from moegen.table.manifest import SUCCESS_NAME, Manifest, read_manifest
 from moegen.table.openai_lines import read_rows
 from moegen.table.part import Footer, Totals, is_part_name, read_footer
@@ -52,7 +53,7 @@ def inspect_output(uri: str, max_rows: int = 5, max_errors: int = 3) -> Inspecti
     names = list_names(uri)
     parts = [join(uri, name) for name in names if is_part_name(name)]
     if not parts:
-        parts = [join(uri, name) for name in names_below(uri) if _in_partitions(name)]
+        parts = [join(uri, name) for name in names_below(uri) if is_partition_path(name)]
     if not parts:
         raise InputError(f"{uri}: holds no moegen output (no part-*); check the URI, or wait for the first part")
     footers = [read_footer(part) for part in parts]
@@ -65,12 +66,6 @@ def inspect_output(uri: str, max_rows: int = 5, max_errors: int = 3) -> Inspecti
         rows=list(_rows(parts[0], None, max_rows)),
         errors=_examples(parts, footers, max_errors),
     )
-
-
-def _in_partitions(name: str) -> bool:
-    """Whether a file is a part below nothing but folders like `lang=de`."""
-    *folders, file = name.split("/")
-    return is_part_name(file) and all("=" in folder for folder in folders)
 
 
 def _examples(parts: Sequence[str], footers: Sequence[Footer], limit: int) -> dict[str, list[ErrorExample]]:

@@ -13,7 +13,7 @@ from moegen.errors import MoegenError
 from moegen.row import RowResult
 from moegen.spec import Output
 from moegen.table.columns import Columns
-from moegen.table.folder import OutputFolder, StoredPart, check_partition_columns
+from moegen.table.folder import OutputFolder, StoredPart
 from moegen.table.lease import Lease
 from moegen.table.manifest import Manifest, write_manifest
 from moegen.table.part import Totals
@@ -97,7 +97,6 @@ class TableWriter:
         columns: Columns | None = None,
         first_row: int = 0,
     ) -> None:
-        check_partition_columns(input_schema, spec.partition_by)
         self.schema = output_schema(input_schema, spec, columns)
         self._input_schema, self._lease, self._columns = input_schema, lease, columns
         self._folder = OutputFolder(spec, total_rows, fingerprint, job_key, first_row)
