@@ -26,11 +26,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from pyiceberg.catalog import load_catalog
 
-    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__TYPE", "sql")
-    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", f"sqlite:///{tmp_path}/catalog.db")
-    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__WAREHOUSE", f"file://{tmp_path}/warehouse")
-    where = {"type": "sql", "uri": f"sqlite:///{tmp_path}/catalog.db", "warehouse": f"file://{tmp_path}/warehouse"}
-    return load_catalog("lake", **where)
+    configure(monkeypatch, tmp_path)
+    return load_catalog("lake")
+
+
+def configure(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As in the environment of a runner, which pyiceberg reads when it is imported."""
+    from pyiceberg.utils.config import Config
+
+    where = {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}/warehouse"}
+    for name, value in where.items():
+        monkeypatch.setenv(f"PYICEBERG_CATALOG__LAKE__{name.upper()}", value)
+    monkeypatch.setattr("pyiceberg.catalog._ENV_CONFIG", Config())
 
 
 def job(folder: Path, model: Path, day: int = 1, **output: Any) -> JobSpec:
@@ -91,7 +98,7 @@ def test_a_catalog_that_nobody_configured(tmp_path: Path, model: Path) -> None:
 def test_a_catalog_that_is_out_of_reach_leaves_the_parts_and_no_success(
     tmp_path: Path, model: Path, catalog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", "sqlite:////nowhere/catalog.db")
+    configure(monkeypatch, Path("/nowhere"))
     with pytest.raises((SpecError, StorageError), match=r"output\.iceberg"):
         run_job(job(tmp_path, model))
     assert not (tmp_path / "out1" / "_SUCCESS").exists()
