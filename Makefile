@@ -52,5 +52,5 @@ clean:
 # Resolves requirements.lock anew. With a CPU build of torch at hand (UV_FIND_LINKS names its folder) the lock has no
 # CUDA packages; a CUDA build of torch brings its own when it is installed.
 lock:
-	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --extra s3 --group dev \
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --extra s3 --extra iceberg --group dev \
 		pyproject.toml engine/pyproject.toml | sed 's/+cpu$$//' > requirements.lock

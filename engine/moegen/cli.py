@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moegen.table.manifest import Manifest
 
 _STATUS_EVERY_S = 0.5
+_LONGEST = 1200  # characters of an error: it may quote a name or a value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +67,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     name = "" if isinstance(error, MoegenError) else f"internal error: {type(error).__name__}: "
-    return " ".join(f"{name}{error}".split())
+    line = " ".join(f"{name}{error}".split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 # --- run ------------------------------------------------------------------------------------------------------------

@@ -20,9 +20,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from moegen.condition import parse
 from moegen.errors import SpecError
+from moegen.spec_text import read_mapping
 
 _T = typing.TypeVar("_T")
+_SHARD = re.compile(r"\d{1,9}/\d{1,9}")
+_SHOWN = 300  # characters of a value, in an error
 JOB_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names a folder, and a part of a URL
 
 JsonText = typing.NewType("JsonText", str)
@@ -50,7 +54,9 @@ class JobState(StrEnum):
 
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
-        raise SpecError(f"{name}: {value!r} cannot be used; {remedy}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        raise SpecError(f"{name}: {shown} cannot be used; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,36 @@ class Input:
     """The table to read."""
 
     uri: str | tuple[str, ...]  # file, glob, folder or a list of them; any fsspec scheme
-    format: Literal["auto", "parquet", "arrow", "csv", "jsonl"] = "auto"  # auto: by the file name's ending
+    # auto: by the file name's ending, which cannot tell OpenAI's batch files from other JSONL
+    format: Literal["auto", "parquet", "arrow", "csv", "jsonl", "openai_jsonl"] = "auto"
     columns: tuple[str, ...] | None = None  # the input columns carried to the output; None: all
     id_column: str | None = None  # checked to exist; the row's ordinal is the key when there is none
-    limit: int | None = None  # only the first rows
+    filter: str | None = None  # only the rows for which this is true, as in "lang == 'de' and score > 0.5"
+    limit: int | None = None  # only the first rows, of those that pass the filter
+    shard: str | None = None  # "i/n", i from 0: a contiguous share of the rows, of which each keeps its index
+    # Folders that are named like lang=de are columns: those below `uri`, those in it too, or none.
+    partitions: Literal["folder", "uri", "off"] = "folder"
 
     def __post_init__(self) -> None:
         _require(bool(self.uris) and all(self.uris), "input.uri", self.uri, "name at least one file, folder or glob")
+        _require("\0" not in "".join(self.uris), "input.uri", self.uri, "a name cannot hold a null byte")
         _require(self.limit is None or self.limit >= 0, "input.limit", self.limit, "give 0 or more rows")
+        if self.filter is not None:
+            parse(self.filter)
+        _require(self.shard is None or _SHARD.fullmatch(self.shard) is not None, "input.shard", self.shard,
+                 "give i/n, as in 0/4 for the first of four")  # fmt: skip
+        index, count = self.shard_of
+        _require(index < count, "input.shard", self.shard, "shards are numbered from 0; the last of 4 is 3/4")
 
     @property
     def uris(self) -> tuple[str, ...]:
         return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """This shard's number, from 0, and how many there are."""
+        index, count = (self.shard or "0/1").split("/")
+        return int(index), int(count)
 
 
 @dataclass(frozen=True)
@@ -112,7 +136,7 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint says
 
     def __post_init__(self) -> None:
-        _require(bool(self.uri), "model.uri", self.uri, "name a checkpoint folder")
+        _require(bool(self.uri) and "\0" not in self.uri, "model.uri", self.uri, "name a checkpoint folder")
 
 
 @dataclass(frozen=True)
@@ -180,20 +204,41 @@ class JobSampling(Sampling):
 
 
 @dataclass(frozen=True)
+class Iceberg:
+    """A table in a catalog that pyiceberg is configured for."""
+
+    table: str  # with its namespace, as in lake.answers
+    catalog: str = "default"
+
+    def __post_init__(self) -> None:
+        _require("." in self.table.strip("."), "output.iceberg.table", self.table,
+                 "give namespace and name, as in lake.answers")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Output:
     """The table to write."""
 
     uri: str  # a folder; parts, manifest and _SUCCESS go there
-    format: Literal["parquet", "arrow"] = "parquet"
+    format: Literal["parquet", "arrow", "openai_jsonl"] = "parquet"
     rows_per_part: int = 16_384
+    partition_by: tuple[str, ...] = ()  # input columns; rows go to folders named after their values, as in lang=de
     prefix: str = ""  # put before every output column's name, where names collide with the input's
     include: tuple[str, ...] = ()  # extra columns: token_ids, prompt_rendered
     on_length: Literal["null", "keep"] = "null"  # whether `output` holds an answer that was cut at max_tokens
     mode: Literal["create", "new_run"] = "create"  # create: resume what is there; new_run: remove it first
+    iceberg: Iceberg | None = None  # the table that finished parts are registered in
 
     def __post_init__(self) -> None:
-        _require(bool(self.uri), "output.uri", self.uri, "name a folder")
+        _require(bool(self.uri) and "\0" not in self.uri, "output.uri", self.uri, "name a folder")
         _require(self.rows_per_part >= 1, "output.rows_per_part", self.rows_per_part, "give 1 or more")
+        plain = self.format == "parquet" and not self.partition_by
+        _require(self.iceberg is None or plain, "output.iceberg", self.iceberg,
+                 "it takes parts with all their columns: format parquet, without partition_by")  # fmt: skip
+        _require(len(set(self.partition_by)) == len(self.partition_by), "output.partition_by", self.partition_by,
+                 "name each column once")  # fmt: skip
+        _require(self.format != "openai_jsonl" or not self.include, "output.include", self.include,
+                 "openai_jsonl has no place for it")  # fmt: skip
         for name in self.include:
             _require(name in ("token_ids", "prompt_rendered"), "output.include", name,
                      "choose from token_ids, prompt_rendered")  # fmt: skip
@@ -334,6 +379,12 @@ class JobSpec:
             _require(
                 continuation is None, "prompt.continuation_column", continuation, "only task score has a use for it"
             )
+        if self.output.format == "openai_jsonl":
+            _require(
+                self.task == "generate", "task", self.task, "output.format=openai_jsonl has places for answers only"
+            )
+            _require(self.sampling.logprobs is None, "sampling.logprobs", self.sampling.logprobs,
+                     "output.format=openai_jsonl has no place for token ids")  # fmt: skip
         if self.task != "generate":
             _require(self.sampling.n == 1, "sampling.n", self.sampling.n, f"task {self.task} samples nothing")
             _require(self.sampling.logprobs is None, "sampling.logprobs", self.sampling.logprobs,
@@ -360,22 +411,13 @@ class JobSpec:
             sampling = mapping.get("sampling") or {}
             if isinstance(sampling, typing.Mapping):  # nothing is generated, so max_tokens need not be given
                 mapping = {**mapping, "sampling": {"max_tokens": 1, **sampling}}
+        mapping = _with_openai_columns(mapping)
         return from_mapping(cls, mapping, "")
 
     @classmethod
     def read(cls, path: str | Path, overrides: typing.Iterable[str] = ()) -> JobSpec:
         """A YAML or JSON file, with `a.b=c` overrides on top (each c is read as YAML)."""
-        import yaml
-
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            # YAML reads JSON's 1e-05 as text and its escaped emoji as lone surrogates.
-            mapping = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-        except OSError as error:
-            raise SpecError(f"{path}: cannot be read: {error.strerror}; name a YAML or JSON job file") from error
-        except (yaml.YAMLError, ValueError) as error:
-            raise SpecError(f"{path}: not valid YAML or JSON: {error}") from error
-        _require(isinstance(mapping, dict), str(path), mapping, "a job file is a mapping of sections")
+        mapping = read_mapping(Path(path))
         for override in overrides:
             set_field(mapping, override)
         return cls.from_mapping(mapping)
@@ -387,6 +429,19 @@ class JobSpec:
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces, so that equal specifications are equal strings."""
         return json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
+
+
+def _with_openai_columns(mapping: typing.Mapping[str, Any]) -> typing.Mapping[str, Any]:
+    """Where the input is an OpenAI batch file, prompts and parameters come from its lines unless something is said."""
+    sections = [mapping.get(name) if isinstance(mapping, typing.Mapping) else None for name in ("input", "sampling")]
+    table, sampling = ({} if section is None else section for section in sections)
+    if not isinstance(table, typing.Mapping) or table.get("format") != "openai_jsonl":
+        return mapping
+    found = {**mapping, "prompt": mapping.get("prompt") or {"messages_column": "messages"}}
+    found["input"] = {"id_column": "custom_id", **table}
+    if isinstance(sampling, typing.Mapping):
+        found["sampling"] = {"params_column": "params", **sampling}
+    return found
 
 
 def set_field(mapping: dict[str, Any], override: str) -> None:
@@ -455,6 +510,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is str and isinstance(value, date):  # a datetime is one too; what YAML makes of 2026-11-22
         return value.isoformat()
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        _require(abs(value) < 1 << 1000, path, value, "give a number that a double can hold")
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)

@@ -48,11 +48,19 @@ def storage_errors(uri: str, done: str) -> Iterator[None]:
         if done == "written":
             raise StorageError(f"{uri}: cannot be written: no such bucket or folder; create it") from error
         raise InputError(f"{uri}: not found; check the name, and that the object still exists") from error
-    except PermissionError as error:
-        raise StorageError(f"{uri}: may not be {done}: {error}; check credentials and permissions") from error
+    except OSError as error:
+        if done != "written" and error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
+            raise InputError(f"{uri}: not found: {error.strerror}; check the name") from error
+        raise _refused(uri, done, error) from error
     except Exception as error:  # backends raise their own libraries' errors, which share no base class
-        reason = f"{type(error).__name__}: {error}"
-        raise StorageError(f"{uri}: cannot be {done}: {reason}; check credentials, endpoint and free space") from error
+        raise _refused(uri, done, error) from error
+
+
+def _refused(uri: str, done: str, error: Exception) -> StorageError:
+    if isinstance(error, PermissionError):
+        return StorageError(f"{uri}: may not be {done}: {error}; check credentials and permissions")
+    reason = f"{type(error).__name__}: {error}"
+    return StorageError(f"{uri}: cannot be {done}: {reason}; check credentials, endpoint and free space")
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -78,6 +86,12 @@ def open_fs(uri: str) -> tuple[Any, str]:
 def join(folder: str, name: str) -> str:
     """The URI of `name` in `folder`."""
     return f"{folder.rstrip('/')}/{name}"
+
+
+def absolute(uri: str) -> str:
+    """The URI with its scheme, and a local path from its root on."""
+    fs, path = open_fs(uri)
+    return str(fs.unstrip_protocol(path))
 
 
 def describe(uri: str) -> StoredObject:
@@ -109,12 +123,23 @@ def list_files(uri: str, is_data: Callable[[str], bool]) -> list[str]:
     fs, path = open_fs(uri)
     with storage_errors(uri, "listed"):
         if fsspec.core.has_magic(path) and not fs.exists(path):
-            root = path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
+            root = _fixed(path)
             entries = [entry for name, entry in fs.glob(path, detail=True).items() if _visible(name, root)]
         else:
             entries = [fs.info(path)]
         paths = [found for entry in entries for found in _expand(fs, entry, is_data)]
     return sorted(fs.unstrip_protocol(found) for found in paths)
+
+
+def search_root(uri: str) -> str:
+    """The URI of the folder below which `list_files` finds the files of `uri`; of a single file, the file."""
+    fs, path = open_fs(uri)
+    return str(fs.unstrip_protocol(_fixed(path) if fsspec.core.has_magic(path) else path.rstrip("/")))
+
+
+def _fixed(path: str) -> str:
+    """The folders of a glob before its first mark."""
+    return path[: min(path.find(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
 
 
 def _expand(fs: Any, entry: dict[str, Any], is_data: Callable[[str], bool]) -> list[str]:
@@ -146,6 +171,12 @@ def list_below(folder: str) -> list[str]:
     with storage_errors(folder, "listed"):
         found = fs.find(path)
     return sorted(fs.unstrip_protocol(name) for name in found)
+
+
+def names_below(folder: str) -> list[str]:
+    """The names of the files in a folder, to any depth and with the folders that they are in, sorted."""
+    root = absolute(folder).rstrip("/") + "/"
+    return [uri.removeprefix(root) for uri in list_below(folder)]
 
 
 def open_input(uri: str, access: Literal["random", "sequential"]) -> BinaryIO:

@@ -51,7 +51,7 @@ def answers(reader: TableReader, writer: TableWriter) -> list[RowResult]:
 def run(input_: Input, output: Output, order: Order = list, fingerprint: str = FINGERPRINT) -> Manifest:
     started_at = time.time()
     reader = TableReader(input_, ["prompt"])
-    writer = TableWriter(output, reader.schema, reader.rows, fingerprint, "key")
+    writer = TableWriter(output, reader.schema, reader.rows, fingerprint, "key", first_row=reader.first_row)
     for result in order(answers(reader, writer)):
         writer.add(result)
     return writer.finish(job_name="test", model_digest="m", input_files=reader.files, started_at=started_at)

@@ -83,7 +83,7 @@ def test_a_part_appears_with_its_last_result(tmp_path: Path) -> None:
     assert part_bytes(tmp_path / "out") == {}
     info = writer.add(results[0])
     assert info is not None
-    assert (info.rows, list(part_bytes(tmp_path / "out"))) == (100, [info.name])
+    assert (info.rows, list(part_bytes(tmp_path / "out"))) == (100, [info.files[0].name])
     assert writer.is_committed(0, 100)
     assert not writer.is_committed(99, 2)
     assert writer.totals.statuses == {"ok": 100}
@@ -181,10 +181,10 @@ def test_two_attempts_at_once_store_each_part_once(tmp_path: Path) -> None:
     for first, second in zip(*results, strict=True):
         stored = [writers[0].add(first), writers[1].add(second)]
         if stored[0] is not None and stored[1] is not None:
-            assert (stored[0].name, stored[0].rows, stored[0].size_bytes) == (
-                stored[1].name, stored[1].rows, stored[1].size_bytes,
+            assert (stored[0].files[0].name, stored[0].rows, stored[0].files[0].size_bytes) == (
+                stored[1].files[0].name, stored[1].rows, stored[1].files[0].size_bytes,
             )  # fmt: skip
-            assert stored[1].sha256 is None
+            assert stored[1].files[0].sha256 is None
     assert [writer.totals for writer in writers] == [writers[0].totals] * 2
     footers = [json.loads(pq.read_metadata(path).metadata[b"moegen"]) for path in (tmp_path / "out").glob("part-*")]
     assert {footer["job_key"] for footer in footers} == {"attempt 0"}

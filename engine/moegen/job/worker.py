@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moegen.errors import Interrupted
@@ -44,11 +45,15 @@ from moegen.table.lease import Lease
 from moegen.table.manifest import Manifest
 from moegen.table.part import Totals
 from moegen.table.reader import RowBatch, TableReader
+from moegen.table.schema import output_schema
 from moegen.table.writer import TableWriter
 from moegen.text import Tokenizer
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from moegen.run.engine import Engine
+    from moegen.table.iceberg import IcebergTable
 
 _BATCHES_AHEAD = 4  # of at most 1,024 rows each: encoded while the device computes
 
@@ -76,6 +81,7 @@ def run_job(
     meter.enter("starting")
     reader = TableReader(spec.input, needed_columns(spec))
     setup, columns = _Setup.of(spec, reader), result_columns(spec)
+    iceberg = _iceberg(spec, output_schema(reader.schema, spec.output, columns))
     meter.planned(setup.plan.to_mapping())
     digest = model_digest(spec.model.uri)
     work = fingerprint(spec, digest, setup.tokenizer.digest, reader.files)
@@ -85,9 +91,9 @@ def run_job(
     if spec.output.mode == "create":
         batch_plan.check(folder)
     with Lease(folder, spec.checkpoint.lease_seconds, stopping) as lease:
-        writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease, columns)
+        writer = TableWriter(spec.output, reader.schema, reader.rows, work, key, lease, columns, reader.first_row)
         batch_plan.write(folder)
-        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part)
+        journal = Journal(folder, lease.epoch, work, spec.output.rows_per_part, reader.first_row)
         found = journal.read(writer.is_committed)
         journaled = Totals.of(found.values())
         meter.resume(reader.rows, writer.resumed, journaled)
@@ -120,6 +126,7 @@ def run_job(
         manifest = writer.finish(
             job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at,
             journaled=journaled, max_error_rate=spec.errors.max_error_rate,
+            register=None if iceberg is None else partial(iceberg.register, spec.output.uri),
         )  # fmt: skip
         clear_batch(folder)
         rules.check_end(writer.totals)
@@ -209,6 +216,18 @@ def _repeats(spec: JobSpec, folder: str, writer: TableWriter, reader: TableReade
             if isinstance(row, Prepared):
                 repeats.first(row.request)
     return repeats
+
+
+def _iceberg(spec: JobSpec, schema: pa.Schema) -> IcebergTable | None:
+    """The table that the job's parts go to, looked at before the first row."""
+    if spec.output.iceberg is None:
+        return None
+    from moegen.table.iceberg import IcebergTable
+
+    table = IcebergTable(spec.output.iceberg, schema)
+    if spec.output.mode == "new_run":
+        table.check_new(spec.output.uri)
+    return table
 
 
 def _stopped(meter: Meter) -> Interrupted:

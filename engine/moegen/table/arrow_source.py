@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +15,7 @@ import pyarrow.parquet as pq
 from moegen.errors import InputError
 from moegen.row import RowError
 from moegen.storage import BLOCK_BYTES, open_input
+from moegen.table.filter import Bounds
 from moegen.table.source import CHUNK_BYTES, CHUNK_ROWS, Chunk, Values, View, Wanted, reading
 
 
@@ -27,6 +31,8 @@ class ParquetSource:
             self._metadata = file.metadata
             self.schema = _table_schema(uri, file.schema_arrow)
         self.rows = self._metadata.num_rows
+        sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        self._starts = [0, *accumulate(sizes)][:-1]
 
     @contextmanager
     def _file(self, metadata: Any = None) -> Iterator[Any]:
@@ -46,11 +52,29 @@ class ParquetSource:
                     yield from _chunks(batches, first_row, first_row + group_rows, view, wanted)
                 first_row += group_rows
 
+    def bounds(self, first_row: int, names: Sequence[str]) -> dict[str, Bounds]:
+        """See `Source`: what the row group's statistics say."""
+        group = self._metadata.row_group(bisect_right(self._starts, first_row) - 1)
+        types = {name: self.schema.field(name).type for name in names if name in self.schema.names}
+        # A dot may be part of a name, or lead into a struct.
+        flat = {name: type_ for name, type_ in types.items() if not (pa.types.is_nested(type_) or "." in name)}
+        chunks = (group.column(i) for i in range(group.num_columns))
+        return {
+            chunk.path_in_schema: _bounds(chunk, flat[chunk.path_in_schema])
+            for chunk in chunks
+            if chunk.path_in_schema in flat
+        }
+
     def _batch_rows(self, index: int, columns: list[str]) -> int:
         """As many rows as make about `CHUNK_BYTES` in these columns."""
         group = self._metadata.row_group(index)
         chunks = (group.column(i) for i in range(group.num_columns))
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+        wanted = set(columns)  # by the first name of a nested path; flat columns may have dots in theirs
+        size = sum(
+            c.total_uncompressed_size
+            for c in chunks
+            if c.path_in_schema in wanted or c.path_in_schema.partition(".")[0] in wanted
+        )
         return max(1, min(CHUNK_ROWS, CHUNK_BYTES * group.num_rows // max(size, 1)))
 
 
@@ -87,16 +111,37 @@ class ArrowSource:
                 batches = iter(reader)
             yield from _chunks(batches, 0, rows, view, wanted)
 
+    def bounds(self, first_row: int, names: Sequence[str]) -> dict[str, Bounds]:
+        """Nothing: see `Source`."""
+        return {}
+
+
+def _bounds(chunk: Any, type_: pa.DataType) -> Bounds:
+    """What the statistics of a row group's column say."""
+    statistics = chunk.statistics
+    if statistics is None:
+        return Bounds(None, None)
+    counted = statistics.has_null_count
+    nulls, values = not counted or statistics.null_count > 0, not counted or statistics.null_count < chunk.num_values
+    type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+    try:
+        if statistics.has_min_max:
+            return Bounds(pa.scalar(statistics.min, type_), pa.scalar(statistics.max, type_), nulls, values)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):  # a value that Python lacks
+        pass
+    return Bounds(None, None, nulls, values)
+
 
 def _table_schema(uri: str, schema: pa.Schema) -> pa.Schema:
-    twice = next((name for i, name in enumerate(schema.names) if name in schema.names[:i]), None)
+    twice = next((name for name, count in Counter(schema.names).items() if count > 1), None)
     if twice is not None:
         raise InputError(f"{uri}: has two columns named {twice!r}; give each column its own name")
     return schema.remove_metadata()
 
 
 def _projection(schema: pa.Schema, view: View) -> list[str]:
-    return [name for name in schema.names if name in view.carried.names or name in view.needed]
+    wanted = {*view.carried.names, *view.needed}
+    return [name for name in schema.names if name in wanted]
 
 
 def _chunks(batches: Iterable[Any], first_row: int, stop: int, view: View, wanted: Wanted) -> Iterator[Chunk]:
@@ -113,10 +158,11 @@ def _chunks(batches: Iterable[Any], first_row: int, stop: int, view: View, wante
 
 def _carried(piece: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
     columns = []
+    own = dict(zip(piece.schema.names, piece.columns, strict=True))
     for field in schema:
-        index = piece.schema.get_field_index(field.name)
-        missing = index < 0 or piece.schema.field(index).type != field.type  # absent, or of type null
-        columns.append(pa.nulls(piece.num_rows, field.type) if missing else piece.column(index))
+        column = own.get(field.name)
+        missing = column is None or column.type != field.type  # absent, or of type null
+        columns.append(pa.nulls(piece.num_rows, field.type) if missing else column)
     return pa.Table.from_arrays(columns, schema=schema)
 
 

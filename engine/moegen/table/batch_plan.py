@@ -108,7 +108,7 @@ class BatchPlan:
             yield "its tokenizer"
 
 
-_ELSEWHERE = ("input.uri", "output.uri", "output.mode")  # no part of the fingerprint
+_ELSEWHERE = ("input.uri", "output.uri", "output.mode", "output.iceberg")  # no part of the fingerprint
 
 
 def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:

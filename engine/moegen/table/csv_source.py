@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from moegen.errors import InputError
 from moegen.row import RowError
+from moegen.table.filter import Bounds
 from moegen.table.source import Chunk, View, Wanted, reading
 from moegen.table.text_file import cut, open_text
 
@@ -66,6 +67,10 @@ class CsvSource:
             if wanted(first_row, len(records)):
                 yield self._chunk(first_row, records, view)
             first_row += len(records)
+
+    def bounds(self, first_row: int, names: Sequence[str]) -> dict[str, Bounds]:
+        """Nothing: see `Source`."""
+        return {}
 
     def _chunk(self, first_row: int, records: Sequence[_Record], view: View) -> Chunk:
         names = self.schema.names

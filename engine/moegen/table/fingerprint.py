@@ -18,11 +18,11 @@ def fingerprint(spec: JobSpec, model_digest: str, tokenizer_digest: str, files: 
     """64 hexadecimal digits over specification, model, tokenizer and input files.
 
     Left out is what cannot change an answer: who asked (`job`), where it runs (`engine`), how often it is saved
-    (`checkpoint`), when it ends early (`errors`, `limits`), where it goes (`output.uri`, `output.mode`) and how the
-    input was named (`input.uri`; the files it led to are in).
+    (`checkpoint`), when it ends early (`errors`, `limits`), where it goes (`output.uri`, `output.mode`,
+    `output.iceberg`) and how the input was named (`input.uri`; the files it led to are in).
     """
     mapping = spec.to_mapping()
-    for section, names in (("input", ("uri",)), ("output", ("uri", "mode"))):
+    for section, names in (("input", ("uri",)), ("output", ("uri", "mode", "iceberg"))):
         mapping[section] = {name: value for name, value in mapping[section].items() if name not in names}
     work = {
         "version": _VERSION,

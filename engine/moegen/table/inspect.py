@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from moegen.errors import InputError
 from moegen.row import RowError
-from moegen.storage import join, list_names
+from moegen.storage import join, list_names, names_below, read_bytes
 from moegen.table.arrow_source import ArrowSource, ParquetSource, to_python
+from moegen.table.folder import is_partition_path
 from moegen.table.manifest import SUCCESS_NAME, Manifest, read_manifest
+from moegen.table.openai_lines import read_rows
 from moegen.table.part import Footer, Totals, is_part_name, read_footer
 from moegen.table.source import View
 
@@ -50,6 +53,8 @@ def inspect_output(uri: str, max_rows: int = 5, max_errors: int = 3) -> Inspecti
     names = list_names(uri)
     parts = [join(uri, name) for name in names if is_part_name(name)]
     if not parts:
+        parts = [join(uri, name) for name in names_below(uri) if is_partition_path(name)]
+    if not parts:
         raise InputError(f"{uri}: holds no moegen output (no part-*); check the URI, or wait for the first part")
     footers = [read_footer(part) for part in parts]
     return Inspection(
@@ -79,11 +84,17 @@ def _errors(part: str, prefix: str) -> Iterator[tuple[str, ErrorExample]]:
     for row in _rows(part, names, None):
         row_index, status, error = (row[name] for name in names)
         if error is not None:
-            yield error["code"], ErrorExample(row_index, status, error["message"], error["stage"])
+            yield error["code"], ErrorExample(row_index, status, error["message"], error.get("stage", ""))
 
 
 def _rows(part: str, names: Sequence[str] | None, limit: int | None) -> Iterator[dict[str, Any]]:
-    """The first `limit` rows; a cell that Python has no value for is the code of its error in angle brackets."""
+    """The first `limit` rows, of lines what `read_rows` tells.
+
+    A cell that Python has no value for is the code of its error in angle brackets.
+    """
+    if part.endswith(".jsonl"):
+        yield from islice(read_rows(read_bytes(part)), limit)
+        return
     source = ParquetSource(part, None) if part.endswith(".parquet") else ArrowSource(part, None)
     schema = source.schema if names is None else pa.schema([source.schema.field(name) for name in names])
     for chunk in source.chunks(View(schema, ()), source.rows if limit is None else limit, lambda *_: True):

@@ -39,12 +39,13 @@ class Journal:
         folder: the job's own, see `batch_folder`.
         epoch: of the lease.
         fingerprint: of the work.
-        rows_per_part: which rows make a part.
+        rows_per_part, first_row: which rows make a part; parts are counted from the first row.
     """
 
-    def __init__(self, folder: str, epoch: int, fingerprint: str, rows_per_part: int) -> None:
+    def __init__(self, folder: str, epoch: int, fingerprint: str, rows_per_part: int, first_row: int = 0) -> None:
         self._folder = join(folder, "journal")
         self._epoch, self._rows_per_part = epoch, rows_per_part
+        self._first_row = first_row
         self._schema = _SCHEMA.with_metadata({_FINGERPRINT_KEY: fingerprint.encode()})
         self._files: dict[str, Counter[int]] = {}  # name -> part -> rows
         self._written = 0
@@ -93,10 +94,10 @@ class Journal:
         )
 
     def _has(self, part: int, is_committed: Callable[[int, int], bool]) -> bool:
-        return is_committed(part * self._rows_per_part, 1)
+        return is_committed(self._first_row + part * self._rows_per_part, 1)
 
     def _parts_of(self, results: Sequence[RowResult]) -> Counter[int]:
-        return Counter(result.row_index // self._rows_per_part for result in results)
+        return Counter((result.row_index - self._first_row) // self._rows_per_part for result in results)
 
     def _encode(self, results: Sequence[RowResult]) -> bytes:
         rows, texts = [result.row_index for result in results], [encode_result(result) for result in results]

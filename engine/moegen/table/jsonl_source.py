@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from moegen.row import RowError
+from moegen.table.filter import Bounds
 from moegen.table.schema import valid_utf8
 from moegen.table.source import Chunk, View, Wanted, reading
 from moegen.table.text_file import cut, open_text
@@ -27,7 +28,9 @@ _Kinds = dict[str, set[str]]  # column -> the kinds of its values
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
+    """One line of a file that is not blank."""
+
     number: int  # from 1, blank lines counted
     data: bytes
 
@@ -44,26 +47,32 @@ class JsonlSource:
         self.uri = uri
         self.rows = 0
         self.kinds: _Kinds = {}
-        for line in islice(self._lines(), limit):
+        for line in islice(lines_of(uri), limit):
             self.rows += 1
-            row = _parse(line)
+            row = parsed_line(line)
             for name, value in row.items() if isinstance(row, dict) else ():
                 self.kinds.setdefault(valid_utf8(name), set()).add(_kind(value))
         self.schema = _schema(self.kinds)
 
-    def _lines(self) -> Iterator[_Line]:
-        with reading(self.uri), open_text(self.uri) as file:
-            for number, data in enumerate(file, 1):
-                if data.strip():
-                    yield _Line(number, data)
-
     def chunks(self, view: View, rows: int, wanted: Wanted) -> Iterator[Chunk]:
         """See `Source`."""
         first_row = 0
-        for lines in cut(islice(self._lines(), rows), lambda line: len(line.data)):
+        for lines in cut(islice(lines_of(self.uri), rows), lambda line: len(line.data)):
             if wanted(first_row, len(lines)):
                 yield _chunk(first_row, lines, view)
             first_row += len(lines)
+
+    def bounds(self, first_row: int, names: Sequence[str]) -> dict[str, Bounds]:
+        """Nothing: see `Source`."""
+        return {}
+
+
+def lines_of(uri: str) -> Iterator[Line]:
+    """The lines of a file that are not blank. Raises as `reading`."""
+    with reading(uri), open_text(uri) as file:
+        for number, data in enumerate(file, 1):
+            if data.strip():
+                yield Line(number, data)
 
 
 def share_types(sources: Sequence[JsonlSource]) -> None:
@@ -86,7 +95,8 @@ def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _parse(line: _Line) -> dict[str, Any] | RowError:
+def parsed_line(line: Line) -> dict[str, Any] | RowError:
+    """The object that the line is, or why it is none."""
     try:
         row = json.loads(line.data.decode())
     except UnicodeDecodeError as error:
@@ -101,12 +111,12 @@ def _parse(line: _Line) -> dict[str, Any] | RowError:
     return row if isinstance(row, dict) else _malformed(line, f"a JSON object was expected, not {type(row).__name__}")
 
 
-def _malformed(line: _Line, what: str) -> RowError:
+def _malformed(line: Line, what: str) -> RowError:
     return RowError("malformed_json", f"line {line.number}: {what}", "read")
 
 
-def _chunk(first_row: int, lines: Sequence[_Line], view: View) -> Chunk:
-    parsed = [_parse(line) for line in lines]
+def _chunk(first_row: int, lines: Sequence[Line], view: View) -> Chunk:
+    parsed = [parsed_line(line) for line in lines]
     rows = [{} if isinstance(row, RowError) else row for row in parsed]
     columns = [
         pa.array([_carry(row.get(field.name), field.type) for row in rows], field.type) for field in view.carried

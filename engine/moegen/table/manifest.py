@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,10 +74,17 @@ def read_manifest(folder: str) -> Manifest | None:
         ) from error
 
 
-def write_manifest(folder: str, manifest: Manifest, *, success: bool) -> None:
-    """Writes the manifest and then, last of all, the empty `_SUCCESS`; without success an earlier one goes first."""
+def write_manifest(
+    folder: str, manifest: Manifest, *, success: bool, register: Callable[[Manifest], object] | None = None
+) -> None:
+    """Writes the manifest and then, last of all, the empty `_SUCCESS`; without success an earlier one goes first.
+
+    `register` is called with a manifest that is stored and succeeds, before anybody is told of it.
+    """
     if not success:
         remove(join(folder, SUCCESS_NAME))
     put_replace(join(folder, MANIFEST_NAME), manifest.to_json().encode())
     if success:
+        if register is not None:
+            register(manifest)
         put_replace(join(folder, SUCCESS_NAME), b"")

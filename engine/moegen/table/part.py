@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from moegen.errors import SpecError
 from moegen.row import RowResult, Status
-from moegen.storage import open_input
+from moegen.storage import open_input, read_bytes
+from moegen.table.openai_lines import encode_lines, read_totals
 from moegen.table.source import reading
 
 _FOOTER_KEY = b"moegen"
-_NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.(parquet|arrow)")
+_NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.(parquet|arrow|jsonl)")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class PartInfo:
 
 def part_name(index: int, fingerprint: str, format_: str) -> str:
     """Sorted by name, parts are in row order; `fingerprint` is shown by its first 16 digits."""
-    return f"part-{index:06d}-{fingerprint[:16]}.{format_}"
+    ending = "jsonl" if format_ == "openai_jsonl" else format_
+    return f"part-{index:06d}-{fingerprint[:16]}.{ending}"
 
 
 def is_part_name(name: str) -> bool:
@@ -123,11 +125,13 @@ def is_part_name(name: str) -> bool:
 
 
 def encode(table: pa.Table, footer: Footer, format_: str) -> bytes:
-    """The part's bytes, the same for the same rows: Parquet or Arrow IPC, zstd level 3.
+    """The part's bytes, the same for the same rows: Parquet or Arrow IPC, zstd level 3, or lines of JSON.
 
     Raises:
         pyarrow.ArrowException: the format has no place for a column.
     """
+    if format_ == "openai_jsonl":
+        return encode_lines(table, footer.fingerprint, footer.prefix)
     # One chunk per column: Parquet then does not show in which batches the rows were read.
     table = table.combine_chunks().replace_schema_metadata(footer.to_metadata())
     sink = pa.BufferOutputStream()
@@ -158,9 +162,20 @@ def read_footer(uri: str) -> Footer:
         SpecError: it is not a part.
         StorageError: storage refused.
     """
+    if uri.endswith(".jsonl"):
+        return _of_lines(uri)
     with reading(uri), closing(open_input(uri, "random")) as stored:
         if uri.endswith(".parquet"):
             metadata = pq.read_metadata(stored).metadata
         else:
             metadata = pa.ipc.open_file(stored).schema.metadata
     return Footer.from_metadata(metadata, uri)
+
+
+def _of_lines(uri: str) -> Footer:
+    """Lines have no footer; they tell by themselves what one would."""
+    try:
+        fingerprint, totals = read_totals(read_bytes(uri))
+        return Footer("", fingerprint, int(uri.rpartition("part-")[2].partition("-")[0]), "", Totals(**totals))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SpecError(f"{uri}: has a part's name but was not written by moegen; use another output.uri") from error

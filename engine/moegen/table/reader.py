@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pyarrow as pa
 
+from moegen.condition import Condition, parse
 from moegen.errors import InputError, SpecError
 from moegen.spec import Input
-from moegen.storage import describe, list_files
+from moegen.storage import describe, list_files, search_root
 from moegen.table.arrow_source import ArrowSource, ParquetSource
 from moegen.table.csv_source import CsvSource
+from moegen.table.filter import Bounds, Filter
 from moegen.table.jsonl_source import JsonlSource, share_types
+from moegen.table.member import Member
+from moegen.table.openai_source import OpenAiSource
+from moegen.table.partitions import names_in, scalars, types_of
 from moegen.table.source import Source, Values, View, Wanted
+
+_FILES_AT_ONCE = 8  # opened, where storage is far away
 
 _SOURCES: dict[str, Callable[[str, int | None], Source]] = {
     "parquet": ParquetSource,
     "arrow": ArrowSource,
     "csv": CsvSource,
     "jsonl": JsonlSource,
+    "openai_jsonl": OpenAiSource,
 }
 _ENDINGS = {
     ".parquet": "parquet",
@@ -66,29 +76,43 @@ def _everything(first_row: int, rows: int) -> bool:
 
 
 class TableReader:
-    """Finds the input files, counts their rows and settles the schema; `batches` then streams the rows.
+    """Finds the input files, counts the rows that belong to the table and settles its schema; `batches` streams them.
 
-    Columns that only some files have are null in the others; a column's type must agree wherever it occurs.
-    With `input.limit`, files after the last row are neither opened nor listed.
+    Columns that only some files have are null in the others; a column's type must agree wherever it occurs. The table
+    is what `input.filter` lets pass, of that the first `input.limit` rows, of those the shard's. With a limit and no
+    filter, files after the last row are neither opened nor listed; with a filter, those are not that its columns of
+    the path rule out.
 
     Raises:
-        SpecError: a column that does not exist, an unknown format or scheme.
+        SpecError: a column that does not exist, a filter that does not fit them, an unknown format or scheme.
         InputError: no files, a damaged or empty-headed file, files whose schemas do not agree.
         StorageError: storage refused.
     """
 
     files: tuple[InputFile, ...]
     schema: pa.Schema  # of the carried columns
-    rows: int  # after the limit
+    first_row: int  # row_index of the first row: 0 but for shards
+    rows: int  # after filter, limit and shard
 
     def __init__(self, spec: Input, needed: Sequence[str]) -> None:
-        self._sources, self.files = _open_files(spec)
-        share_types([source for source in self._sources if isinstance(source, JsonlSource)])
-        table_schema = _unify(self._sources)
-        self.rows = sum(file.rows for file in self.files)
-        self.schema = _select(table_schema, spec, needed, may_be_unknown=_shows_no_columns(self._sources))
-        for source in self._sources:
-            _check_needed(source, needed)
+        condition = None if spec.filter is None else parse(spec.filter)
+        self._members = _open_files(spec, condition)
+        sources = [member.source for member in self._members]
+        share_types([source for source in sources if isinstance(source, JsonlSource)])
+        table_schema = _unify(self._members)
+        unknown = _shows_no_columns(sources)
+        self.schema = _select(table_schema, spec, needed, may_be_unknown=unknown)
+        for member in self._members:
+            _check_needed(member, needed)
+        if condition is not None and not unknown:
+            _select_rows(self._members, Filter(condition, table_schema), table_schema, spec.limit)
+        self.first_row, stop = _extent(sum(member.rows for member in self._members), spec)
+        self.rows = stop - self.first_row
+        self._starts = [0, *accumulate(member.rows for member in self._members)]
+        self.files = tuple(
+            InputFile(member.uri, member.stored.size_bytes, member.stored.version, len(self._own_rows(index)))
+            for index, member in enumerate(self._members)
+        )
         self._view = View(self.schema, tuple(needed))
 
     def batches(self, wanted: Wanted = _everything) -> Iterator[RowBatch]:
@@ -100,45 +124,96 @@ class TableReader:
             InputError: a file was changed since the reader was made, or is damaged.
             StorageError: storage refused.
         """
-        file_first = 0
-        for source, file in zip(self._sources, self.files, strict=True):
-            _check_unchanged(file)
-            for chunk in source.chunks(self._view, file.rows, _shifted(wanted, file_first)):
-                yield RowBatch(file_first + chunk.first_row, chunk.carried, file.uri, chunk.values)
-            file_first += file.rows
+        for index, member in enumerate(self._members):
+            if own := self._own_rows(index):
+                _check_unchanged(self.files[index])
+                start = self._starts[index]
+                for chunk in member.chunks(self._view, own.stop, _shifted(wanted, start, own)):
+                    chunk = chunk.within(own)
+                    yield RowBatch(start + chunk.first_row, chunk.carried, member.uri, chunk.values)
+
+    def _own_rows(self, index: int) -> range:
+        """Which of a file's passing rows belong to this table."""
+        start, stop = self._starts[index : index + 2]
+        first, last = max(self.first_row, start), min(self.first_row + self.rows, stop)
+        return range(first - start, last - start) if first < last else range(0)
 
 
-def _shifted(wanted: Wanted, by: int) -> Wanted:
-    return lambda first_row, rows: wanted(first_row + by, rows)
+def _shifted(wanted: Wanted, by: int, own: range) -> Wanted:
+    def wanted_here(first_row: int, rows: int) -> bool:
+        first, stop = max(first_row, own.start), min(first_row + rows, own.stop)
+        return first < stop and wanted(first + by, stop - first)
+
+    return wanted_here
 
 
-def _open_files(spec: Input) -> tuple[list[Source], tuple[InputFile, ...]]:
-    sources: list[Source] = []
-    files: list[InputFile] = []
-    left = spec.limit
-    for uri in _find(spec):
-        if left is not None and left <= 0 and files:
-            break
-        stored = describe(uri)
-        source = _SOURCES[_format(uri, spec)](uri, left)
-        rows = source.rows if left is None else min(left, source.rows)
-        left = None if left is None else left - rows
-        sources.append(source)
-        files.append(InputFile(uri, stored.size_bytes, stored.version, rows))
-    return sources, tuple(files)
+def _extent(rows: int, spec: Input) -> tuple[int, int]:
+    """Where the shard begins and ends in a table of `rows` passing rows; all shards are equally long, but for a row."""
+    rows = rows if spec.limit is None else min(rows, spec.limit)
+    index, count = spec.shard_of
+    return rows * index // count, rows * (index + 1) // count
 
 
-def _find(spec: Input) -> list[str]:
+def _open_files(spec: Input, condition: Condition | None) -> list[Member]:
+    found = [(uri, names_in(folders) if spec.partitions != "off" else {}) for uri, folders in _find(spec)]
+    path_schema = types_of(names for _, names in found)
+    paths = [(uri, scalars(names, path_schema)) for uri, names in found]
+    if condition is None and spec.limit is not None:
+        return list(_until_limit(paths, spec))
+    if condition is not None:
+        possible = Filter(condition, path_schema, partial=True)
+        fitting = [
+            (uri, constants)
+            for uri, constants in paths
+            if possible.may_pass({name: Bounds.of(value) for name, value in constants.items()})
+        ]
+        paths = fitting or paths[:1]  # one shows the columns
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="inputs") as pool:
+        return list(pool.map(lambda path: _open(path[0], path[1], spec, None), paths))
+
+
+def _until_limit(paths: Sequence[tuple[str, dict[str, pa.Scalar]]], spec: Input) -> Iterator[Member]:
+    left = spec.limit or 0
+    for index, (uri, constants) in enumerate(paths):
+        if left > 0 or index == 0:
+            member = _open(uri, constants, spec, left)
+            left -= member.rows
+            yield member
+
+
+def _open(uri: str, constants: dict[str, pa.Scalar], spec: Input, limit: int | None) -> Member:
+    stored = describe(uri)
+    return Member(_SOURCES[_format(uri, spec)](uri, limit), stored, constants)
+
+
+def _select_rows(members: list[Member], filter_: Filter, schema: pa.Schema, limit: int | None) -> None:
+    """Leaves away the files after the one with the last row, but never all."""
+    left = limit
+    for index, member in enumerate(members):
+        if left is not None and left <= 0 and index > 0:
+            del members[index:]
+            return
+        member.select(filter_, schema)
+        left = None if left is None else left - member.rows
+
+
+def _find(spec: Input) -> list[tuple[str, str]]:
+    """The URIs of the files, sorted, each with the folders whose names may be columns."""
+
     def is_data(path: str) -> bool:
         return spec.format != "auto" or _by_ending(path) is not None
 
-    found = sorted({file for uri in spec.uris for file in list_files(uri, is_data)})
+    found: dict[str, str] = {}
+    for uri in spec.uris:
+        root = "" if spec.partitions == "uri" else search_root(uri)
+        for file in list_files(uri, is_data):
+            found.setdefault(file, file[len(root) :].rpartition("/")[0] if file.startswith(root) else "")
     if not found:
         endings = "" if spec.format != "auto" else f" with an ending of {', '.join(_ENDINGS)}"
         raise InputError(
             f"input.uri: no files{endings} at {', '.join(spec.uris)}; names that begin with _ or . do not count"
         )
-    return found
+    return sorted(found.items())
 
 
 def _by_ending(path: str) -> str | None:
@@ -158,7 +233,7 @@ def _check_unchanged(file: InputFile) -> None:
         raise InputError(f"{file.uri}: changed since the job began; start the job again when it is complete")
 
 
-def _unify(sources: Sequence[Source]) -> pa.Schema:
+def _unify(sources: Sequence[Member]) -> pa.Schema:
     fields: dict[str, pa.Field] = {}
     for source in sources:
         for field in source.schema:
@@ -178,12 +253,13 @@ def _select(table: pa.Schema, spec: Input, needed: Sequence[str], *, may_be_unkn
     asked = [("input.columns", name) for name in carried] + [("prompt and sampling", name) for name in needed]
     if spec.id_column is not None:
         asked.append(("input.id_column", spec.id_column))
+    known = {field.name: field for field in table}
     for where, name in asked:
-        if name not in table.names and not may_be_unknown:
+        if name not in known and not may_be_unknown:
             raise SpecError(f"{where}: the input has no column {name!r}; {_hint(name, table.names)}")
     if len(set(carried)) < len(carried):
         raise SpecError(f"input.columns: {list(carried)} names a column twice; name each once")
-    return pa.schema([table.field(name) if name in table.names else pa.field(name, pa.string()) for name in carried])
+    return pa.schema([known.get(name, pa.field(name, pa.string())) for name in carried])
 
 
 def _hint(name: str, names: Sequence[str]) -> str:
@@ -198,7 +274,7 @@ def _shows_no_columns(sources: Sequence[Source]) -> bool:
     return all(isinstance(source, JsonlSource) and not source.schema for source in sources)
 
 
-def _check_needed(source: Source, needed: Sequence[str]) -> None:
-    missing = [name for name in needed if name not in source.schema.names]
-    if missing and not isinstance(source, JsonlSource):
-        raise InputError(f"{source.uri}: has no column {missing[0]!r}, which the job needs and other files have")
+def _check_needed(member: Member, needed: Sequence[str]) -> None:
+    missing = set(needed).difference(member.schema.names)
+    if missing and not isinstance(member.source, JsonlSource):
+        raise InputError(f"{member.uri}: has no column {min(missing)!r}, which the job needs and other files have")

@@ -22,16 +22,36 @@ def output_schema(input_schema: pa.Schema, output: Output, columns: Columns | No
         columns: the result columns by `result_columns`; None: those of a job of free text.
 
     Raises:
-        SpecError: a result column has the name of an input column.
+        SpecError: a result column has the name of an input column, or folders cannot be named after a column.
     """
+    _check_partition_columns(input_schema, output.partition_by)
     results = _result_schema(output, columns)
+    carried = set(input_schema.names)
     for name in results.names:
-        if name in input_schema.names:
+        if name in carried:
             raise SpecError(
                 f"output.prefix: {output.prefix!r} gives a result column the name {name!r}, which an input column has;"
                 " set another output.prefix, or leave the input column out with input.columns"
             )
     return pa.schema([*input_schema, *results])
+
+
+def _check_partition_columns(schema: pa.Schema, partition_by: Sequence[str]) -> None:
+    """Raises `SpecError` when folders cannot be named after one of the columns."""
+    for name in partition_by:
+        if name not in schema.names:
+            raise SpecError(
+                f"output.partition_by: no input column {name!r} is carried to the output; name one of "
+                f"{', '.join(map(repr, schema.names)) or 'none'} (results are not known before they are there)"
+            )
+        type_ = schema.field(name).type
+        plain = type_.value_type if pa.types.is_dictionary(type_) else type_
+        text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
+        if not (text or pa.types.is_integer(plain) or pa.types.is_boolean(plain) or pa.types.is_date(plain)):
+            raise SpecError(
+                f"output.partition_by: column {name!r} is {type_}; folders are named after text, whole numbers, "
+                "dates, true and false"
+            )
 
 
 def _result_schema(output: Output, columns: Columns | None) -> pa.Schema:

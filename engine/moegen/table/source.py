@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import pyarrow as pa
 from moegen.errors import InputError
 from moegen.row import RowError
 from moegen.storage import storage_errors
+from moegen.table.filter import Bounds
 from moegen.units import MIB
 
 CHUNK_ROWS = 1024  # at most, in one chunk
@@ -38,6 +39,14 @@ class Chunk:
     carried: pa.Table
     values: list[Values]  # per row
 
+    def within(self, rows: range) -> Chunk:
+        """Those of its rows that are among `rows`."""
+        start = max(rows.start - self.first_row, 0)
+        stop = min(rows.stop - self.first_row, len(self.values))
+        if (start, stop) == (0, len(self.values)):
+            return self
+        return Chunk(self.first_row + start, self.carried.slice(start, stop - start), self.values[start:stop])
+
 
 class Source(Protocol):
     """One input file. `schema` names every column of the file, `rows` counts its rows."""
@@ -48,6 +57,9 @@ class Source(Protocol):
 
     def chunks(self, view: View, rows: int, wanted: Wanted) -> Iterator[Chunk]:
         """The first `rows` rows, without the chunks that are not wanted. Where chunks begin depends on neither."""
+
+    def bounds(self, first_row: int, names: Sequence[str]) -> dict[str, Bounds]:
+        """What is known, without reading it, of the chunk that begins at `first_row`; a column may be missing."""
 
 
 @contextmanager

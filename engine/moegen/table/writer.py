@@ -13,10 +13,10 @@ from moegen.errors import MoegenError
 from moegen.row import RowResult
 from moegen.spec import Output
 from moegen.table.columns import Columns
-from moegen.table.folder import OutputFolder
+from moegen.table.folder import OutputFolder, StoredPart
 from moegen.table.lease import Lease
 from moegen.table.manifest import Manifest, write_manifest
-from moegen.table.part import PartInfo, Totals
+from moegen.table.part import Totals
 from moegen.table.reader import InputFile, RowBatch
 from moegen.table.schema import output_schema, to_table
 
@@ -96,11 +96,12 @@ class TableWriter:
         job_key: str,
         lease: Lease | None = None,
         columns: Columns | None = None,
+        first_row: int = 0,
     ) -> None:
         self.before_commit = lambda part: None
         self.schema = output_schema(input_schema, spec, columns)
         self._input_schema, self._lease, self._columns = input_schema, lease, columns
-        self._folder = OutputFolder(spec, total_rows, fingerprint, job_key)
+        self._folder = OutputFolder(spec, total_rows, fingerprint, job_key, first_row)
         if spec.mode == "create":
             self._folder.check_parts()
         self._folder.check_schema(self.schema)
@@ -136,8 +137,9 @@ class TableWriter:
     def add_batch(self, batch: RowBatch) -> list[int]:
         """Takes the carried columns of rows to come; returns the indexes of the rows that still want a result."""
         stop = batch.first_row + batch.rows
-        if stop > self._folder.rows:
+        if stop > self._folder.first_row + self._folder.rows:
             raise MoegenError(f"row {stop - 1} was added to the writer of a table of {self._folder.rows} rows")
+        self._folder.check_values(batch.carried)
         wanted: list[int] = []
         for index in self._folder.parts_of(batch.first_row, batch.rows):
             if index not in self._stored:
@@ -145,7 +147,7 @@ class TableWriter:
                 wanted.extend(part.add_batch(batch))
         return wanted
 
-    def add(self, result: RowResult) -> PartInfo | None:
+    def add(self, result: RowResult) -> StoredPart | None:
         """Takes one row's result, in any order; the part that it completed, now committed, if it did.
 
         Raises:
@@ -160,12 +162,12 @@ class TableWriter:
             raise _not_awaited(result)
         if not part.add(result):
             return None
-        table, totals = part.table(self._folder.spec, self._columns), Totals.of(part.results)
+        table = part.table(self._folder.spec, self._columns)
         self._check_lease()
         self.before_commit(index)
-        self._stored[index] = self._folder.commit(index, table, totals)
+        self._stored[index] = self._folder.commit(index, table, part.results)
         del self._open[index]
-        return self._stored[index].info
+        return self._stored[index]
 
     def finish(
         self,
@@ -176,6 +178,7 @@ class TableWriter:
         started_at: float,
         journaled: Totals | None = None,
         max_error_rate: float = 1.0,
+        register: Callable[[Manifest], object] | None = None,
     ) -> Manifest:
         """Proves rows in = rows out, then writes the manifest and, unless too many rows failed, `_SUCCESS`.
 
@@ -184,6 +187,7 @@ class TableWriter:
             started_at: Unix time in seconds.
             journaled: counts of the rows that this run found in the journal.
             max_error_rate: failed rows as a share of all, up to which the job has succeeded.
+            register: called between manifest and `_SUCCESS`.
 
         Raises:
             MoegenError: rows are missing.
@@ -193,7 +197,7 @@ class TableWriter:
         self._check_lease()
         if self._folder.rows == 0 and not self._stored:
             empty = to_table(pa.Table.from_batches([], self._input_schema), [], [], self._folder.spec, self._columns)
-            self._stored[0] = self._folder.commit(0, empty, Totals())
+            self._stored[0] = self._folder.commit(0, empty, [])
         totals = self.totals
         if totals.rows != self._folder.rows:
             raise MoegenError(f"{self._folder.rows} rows went in, but {totals.rows} came out; no _SUCCESS was written")
@@ -211,7 +215,7 @@ class TableWriter:
             statuses=totals.statuses,
             prompt_tokens=totals.prompt_tokens,
             completion_tokens=totals.completion_tokens,
-            parts=tuple(self._stored[index].info for index in sorted(self._stored)),
+            parts=tuple(file for index in sorted(self._stored) for file in self._stored[index].files),
             input_files=tuple(input_files),
             resumed_rows=self.resumed.rows,
             started_at=started_at,
@@ -223,7 +227,7 @@ class TableWriter:
             dedup_rows=totals.dedup_rows,
             dedup_tokens=totals.dedup_tokens,
         )
-        write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate)
+        write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate, register=register)
         return manifest
 
     def _check_lease(self) -> None:
