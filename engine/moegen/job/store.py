@@ -145,7 +145,7 @@ class JobStore:
     def log_after(self, record: Record, offset: int) -> tuple[bytes, int]:
         """Whole lines that the runners printed after the first `offset` bytes, 1 MiB at most, and where they end.
 
-        Nothing, and the end of the log, for an `offset` below 0: where somebody begins who wants what comes from now on.
+        Nothing, and the end of the log, for an `offset` below 0: where one begins who wants what comes from now on.
         """
         path = self.log_file(record.key)
         size = path.stat().st_size if path.exists() else 0
