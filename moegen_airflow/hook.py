@@ -144,7 +144,7 @@ class MoegenHook(BaseHook):
         # A client per call: on_kill runs in a signal handler and must never meet a lock that this thread holds.
         with self.get_conn() as client:
             try:
-                return _checked(client.request(call.method, call.path, **call.options(self.endpoint)))
+                return checked(client.request(call.method, call.path, **call.options(self.endpoint)))
             except httpx.HTTPError as error:
                 raise _unreachable(self.endpoint, error) from error
 
@@ -152,7 +152,7 @@ class MoegenHook(BaseHook):
         endpoint = await self.aendpoint()
         async with httpx.AsyncClient(**endpoint.client_options) as client:
             try:
-                return _checked(await client.request(call.method, call.path, **call.options(endpoint)))
+                return checked(await client.request(call.method, call.path, **call.options(endpoint)))
             except httpx.HTTPError as error:
                 raise _unreachable(endpoint, error) from error
 
@@ -196,8 +196,8 @@ def _unreachable(endpoint: Endpoint, error: httpx.HTTPError) -> MoegenUnavailabl
     return MoegenUnavailableError(f"no answer from {endpoint.url}: {why}; is `moegen serve` running and reachable?")
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
-    """The response, if it is a success."""
+def checked(response: httpx.Response) -> httpx.Response:
+    """The response, if it is a success; else raises what `MoegenHook` does."""
     if response.is_success:
         return response
     request = response.request

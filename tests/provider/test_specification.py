@@ -56,7 +56,7 @@ def test_job_params_lie_over_everything():
     spec = spec_of(job_params={"sampling": {"top_p": 0.5}, "output": {"rows_per_part": 10}, "job": {"name": "mine"}})
     assert spec["sampling"] == {"max_tokens": 8, "top_p": 0.5}
     assert spec["output"] == {"uri": "out", "rows_per_part": 10}
-    assert spec["job"] == {"name": "mine"}
+    assert spec["job"] == {"name": "mine", "lease_hours": 6}
 
 
 def test_merge_replaces_lists_and_leaves_its_arguments_alone():
