@@ -13,7 +13,7 @@ import pyarrow as pa
 from moegen.condition import Condition, parse
 from moegen.errors import InputError, SpecError
 from moegen.spec import Input
-from moegen.storage import describe, list_files, search_root
+from moegen.storage import StoredObject, describe, list_files, search_root
 from moegen.table.arrow_source import ArrowSource, ParquetSource
 from moegen.table.csv_source import CsvSource
 from moegen.table.filter import Bounds, Filter
@@ -24,7 +24,7 @@ from moegen.table.partitions import names_in, scalars, types_of
 from moegen.table.source import Source, Values, View, Wanted
 
 _FILES_AT_ONCE = 8  # opened, where storage is far away
-
+_DESCRIBED_AT_ONCE = 16  # requests in flight, where storage is far away
 _SOURCES: dict[str, Callable[[str, int | None], Source]] = {
     "parquet": ParquetSource,
     "arrow": ArrowSource,
@@ -152,6 +152,12 @@ def _extent(rows: int, spec: Input) -> tuple[int, int]:
     rows = rows if spec.limit is None else min(rows, spec.limit)
     index, count = spec.shard_of
     return rows * index // count, rows * (index + 1) // count
+
+
+def input_objects(spec: Input) -> tuple[StoredObject, ...]:
+    """The files that the input names, as storage describes them; none is opened. Raises as `TableReader`."""
+    with ThreadPoolExecutor(_DESCRIBED_AT_ONCE, thread_name_prefix="objects") as pool:
+        return tuple(pool.map(describe, [uri for uri, _ in _find(spec)]))
 
 
 def _open_files(spec: Input, condition: Condition | None) -> list[Member]:
