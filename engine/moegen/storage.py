@@ -20,11 +20,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from moegen.errors import InputError, MoegenError, SpecError, StorageError
+from moegen.s3 import be_patient
 from moegen.units import GIB, MIB
 
 BLOCK_BYTES = 8 * MIB  # one request to an object store
 _VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "mtime", "created")
-_IGNORE_CONDITIONS: set[str] = set()  # filesystems, by their token
+_IGNORE_CONDITIONS: set[str] = set()  # buckets, see `_bucket`
 _BUGS = (AttributeError, LookupError, NameError, TypeError)  # not storage's doing
 
 
@@ -65,6 +66,8 @@ def open_fs(uri: str) -> tuple[Any, str]:
     try:
         with storage_errors(uri, "opened"):
             fs, path = fsspec.core.url_to_fs(uri)
+            if "s3" in fs.protocol:
+                be_patient()
             fs.invalidate_cache()  # listings grow stale in a long-lived process
     except StorageError as error:
         if isinstance(error.__cause__, ImportError):
@@ -165,7 +168,12 @@ def read_bytes(uri: str) -> bytes:
     """The whole object. Raises as `open_input`."""
     fs, path = open_fs(uri)
     with storage_errors(uri, "read"):
-        return cast(bytes, fs.cat_file(path))
+        return _content(fs, path)
+
+
+def _content(fs: Any, path: str) -> bytes:
+    # In one piece: s3fs does not try again where one of several pieces at once breaks off.
+    return cast(bytes, fs.cat_file(path, **({"max_concurrency": 1} if "s3" in fs.protocol else {})))
 
 
 @contextmanager
@@ -190,42 +198,53 @@ def local_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
 
 
 def put_create(uri: str, data: bytes) -> bool:
-    """Creates the object with all of `data` at once; False, and nothing changed, when the name is taken.
+    """Creates the object with all of `data` at once; False, and nothing changed, when the name has other content.
 
-    Of several writers one wins, and a crash never leaves part of the data at the name. An object store that refuses
-    create-only writes, or is known to ignore them, is asked first whether the name is taken: there two writers at the
-    same moment both win.
+    Of several writers one wins, and a crash never leaves part of the data at the name. A name that has exactly this
+    data already counts as created: where the answer to a request was lost, the request is sent again and meets itself.
+    An object store that refuses create-only writes, or is known to ignore them, is asked first whether the name is
+    taken: there two writers at the same moment both win.
 
     Raises:
         StorageError: storage refused.
     """
     fs, path = open_fs(uri)
     with storage_errors(uri, "written"):
-        if isinstance(fs, LocalFileSystem):
-            return _link(Path(path), data)
-        # One PUT: object stores honour create-only there, but not all of them when a multipart upload completes.
-        one_put = {"chunksize": 5 * GIB} if "s3" in fs.protocol else {}
-        if fs._fs_token in _IGNORE_CONDITIONS and fs.exists(path):
+        created = _link(Path(path), data) if isinstance(fs, LocalFileSystem) else _pipe_new(fs, uri, path, data)
+        return created or (fs.info(path)["size"] == len(data) and _content(fs, path) == data)
+
+
+def _pipe_new(fs: Any, uri: str, path: str, data: bytes) -> bool:
+    # One PUT: object stores honour create-only there, but not all of them when a multipart upload completes.
+    one_put = {"chunksize": 5 * GIB} if "s3" in fs.protocol else {}
+    if _bucket(uri) in _IGNORE_CONDITIONS and fs.exists(path):
+        return False
+    try:
+        fs.pipe_file(path, data, mode="create", **one_put)
+    except PermissionError:
+        raise
+    except OSError as error:  # FileExistsError, or what a backend makes of 412 Precondition Failed
+        if fs.exists(path):
             return False
-        try:
-            fs.pipe_file(path, data, mode="create", **one_put)
-        except OSError as error:  # FileExistsError, or what a backend makes of 412 Precondition Failed
-            if fs.exists(path):
-                return False
-            if error.errno != errno.ENOSYS:  # 501 Not Implemented: the condition, not the write
-                raise
-            fs.pipe_file(path, data, **one_put)
+        if error.errno != errno.ENOSYS:  # 501 Not Implemented: the condition, not the write
+            raise
+        fs.pipe_file(path, data, **one_put)
     return True
 
 
 def ask_before_create(uri: str) -> None:
     """The storage at `uri` was found to ignore create-only writes: from now on `put_create` asks it first."""
-    _IGNORE_CONDITIONS.add(open_fs(uri)[0]._fs_token)
+    _IGNORE_CONDITIONS.add(_bucket(uri))
 
 
 def asks_before_create(uri: str) -> bool:
     """Whether `put_create` asks this storage first."""
-    return open_fs(uri)[0]._fs_token in _IGNORE_CONDITIONS
+    return _bucket(uri) in _IGNORE_CONDITIONS
+
+
+def _bucket(uri: str) -> str:
+    """Scheme and bucket; filesystem objects will not do, as every thread has its own."""
+    return "/".join(uri.split("/")[:3]) if "://" in uri else ""
 
 
 def put_replace(uri: str, data: bytes) -> None:

@@ -212,6 +212,7 @@ class TableWriter:
             rows_per_s=(totals.rows - found.rows) / seconds,
             tokens_per_s=(totals.completion_tokens - found.completion_tokens) / seconds,
             journal_rows=found.rows - self.resumed.rows,
+            create_only=self._lease is None or self._lease.exclusive,
         )
         write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate)
         return manifest
