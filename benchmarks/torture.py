@@ -6,9 +6,9 @@
 Every runner is a process of its own that runs the shipped command; this process forks it after the imports, which are
 most of a small job's start, and ends it with SIGKILL at a random moment of its start or its work. Besides, what a
 storage without atomic writes could leave is put into the job's folder: half of a journal file, half of a mark, stray
-temporary files; on S3, which writes whole objects, half of a multipart upload too. Then the same command runs again. The
-model is a tiny one of random weights, and rows are compared in every column but `attempts`, which says how often a row
-was begun.
+temporary files; on S3, which writes whole objects, half of a multipart upload too. Then the same command runs again.
+The model is a tiny one of random weights, and rows are compared in every column but `attempts`, which says how often a
+row was begun.
 
 What a kill costs is given in rows and in seconds. The seconds may exceed the journal's interval by a write and a busy
 machine, and on S3 by what is waited there before a request that failed is sent again: see `_SLACK_S`.

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from moegen.errors import InputError, MoegenError, SpecError, StorageError
-from moegen.s3 import be_patient
+from moegen.remote import options
 from moegen.units import GIB, MIB
 
 BLOCK_BYTES = 8 * MIB  # one request to an object store
@@ -41,6 +42,7 @@ class StoredObject:
 @contextmanager
 def storage_errors(uri: str, done: str) -> Iterator[None]:
     """Turns what a backend raises into moegen's errors; `done` is what was attempted ("read", "written")."""
+    uri = public(uri)
     try:
         yield
     except (MoegenError, MemoryError, *_BUGS):
@@ -50,7 +52,8 @@ def storage_errors(uri: str, done: str) -> Iterator[None]:
             raise StorageError(f"{uri}: cannot be written: no such bucket or folder; create it") from error
         raise InputError(f"{uri}: not found; check the name, and that the object still exists") from error
     except PermissionError as error:
-        raise StorageError(f"{uri}: may not be {done}: {error}; check credentials and permissions") from error
+        reason = error.__cause__ or error  # s3fs's own says less
+        raise StorageError(f"{uri}: may not be {done}: {reason}; check credentials and permissions") from error
     except Exception as error:  # backends raise their own libraries' errors, which share no base class
         reason = f"{type(error).__name__}: {error}"
         raise StorageError(f"{uri}: cannot be {done}: {reason}; check credentials, endpoint and free space") from error
@@ -65,17 +68,27 @@ def open_fs(uri: str) -> tuple[Any, str]:
     """
     try:
         with storage_errors(uri, "opened"):
-            fs, path = fsspec.core.url_to_fs(uri)
-            if "s3" in fs.protocol:
-                be_patient()
+            fs, path = fsspec.core.url_to_fs(uri, **options(fsspec.utils.get_protocol(uri)))
             fs.invalidate_cache()  # listings grow stale in a long-lived process
     except StorageError as error:
         if isinstance(error.__cause__, ImportError):
-            raise SpecError(f"{uri}: {error.__cause__} (for s3:// install moegen[s3])") from error
+            raise SpecError(f"{public(uri)}: {error.__cause__} (for s3:// install moegen[s3])") from error
         if isinstance(error.__cause__, ValueError):
-            raise SpecError(f"{uri}: {error.__cause__}; use a local path or a URI that fsspec knows") from error
+            raise SpecError(f"{public(uri)}: {error.__cause__}; use a local path or a URI that fsspec knows") from error
         raise
     return fs, path
+
+
+def public(uri: str) -> str:
+    """The URI without a user's name and password and, of a web address, its query, which may sign a request."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # a text that only looks like one
+        return uri
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    if parts.scheme in ("http", "https"):  # elsewhere ? is a glob's
+        bare = bare._replace(query="")
+    return bare.geturl() if bare != parts else uri
 
 
 def join(folder: str, name: str) -> str:
@@ -193,8 +206,17 @@ def local_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="moegen-") as copy:
         for name in filter(wanted, list_names(uri)):
             with storage_errors(join(uri, name), "read"):
-                fs.get_file(join(path, name), str(Path(copy) / name))
+                _fetch(fs, join(path, name), str(Path(copy) / name))
         yield Path(copy)
+
+
+def _fetch(fs: Any, path: str, copy: str) -> None:
+    try:
+        fs.get_file(path, copy)
+    except Exception:
+        if "s3" not in fs.protocol:
+            raise
+        fs.get_file(path, copy, max_concurrency=1)  # goes on where a piece breaks off, as several at once do not
 
 
 def put_create(uri: str, data: bytes) -> bool:

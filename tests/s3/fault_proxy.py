@@ -1,8 +1,9 @@
-"""An HTTP/1.1 proxy before an S3 server that spoils some of the requests, the same ones for the same seed.
+"""An HTTP/1.1 proxy before an S3 server that spoils some of the requests, by a seed: the same ones, if they come in the same order.
 
     python -m tests.s3.fault_proxy http://127.0.0.1:9000 [--share 0.05] [--seed 1] [--unconditional]
 
-Requests keep the `Host` that they were signed for, so the server must not care for its own name.
+Requests keep the `Host` that they were signed for, so the server must not care for its own name. Without conditional
+writes they are signed anew, as `If-None-Match` is part of what was signed: with `AWS_ACCESS_KEY_ID` and so on.
 """
 
 from __future__ import annotations
@@ -131,11 +132,26 @@ class FaultProxy:
             return _refusal(fault), fault
         if fault == RESET:
             return None, fault
-        kept = [pair for pair in request.headers if not (self.unconditional and pair[0].lower() == "if-none-match")]
-        writer.write(Message(request.start, kept, request.body).encoded())
+        writer.write((_without_condition(request) if self.unconditional else request).encoded())
         await writer.drain()
         answer = await _read(reader, None, to=request.method)
         return (None if fault == LOST_ANSWER else answer), fault
+
+
+def _without_condition(request: Message) -> Message:
+    if "if-none-match" not in (name.lower() for name, _ in request.headers):
+        return request
+    from botocore.auth import S3SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.session import Session
+
+    gone = ("if-none-match", "authorization", "x-amz-date", "x-amz-content-sha256")
+    kept = {name: value for name, value in request.headers if name.lower() not in gone}
+    method, path, _ = request.start.split()
+    signed = AWSRequest(method, f"http://{kept['Host']}{path}", kept, request.body)
+    session = Session()
+    S3SigV4Auth(session.get_credentials(), "s3", session.get_config_variable("region")).add_auth(signed)
+    return Message(request.start, list(signed.headers.items()), request.body)
 
 
 def _refusal(status: str) -> Message:

@@ -70,7 +70,7 @@ def test_a_job_is_as_on_local_files(store: Store, work: Work) -> None:
     manifest = run_job(work.spec(store.bucket))
     assert (manifest.rows, manifest.create_only) == (ROWS, True)
     assert table(f"{store.bucket}/out").equals(work.expected)
-    assert run_job(work.spec(store.bucket, output={"mode": "create"})).resumed_rows in (0, ROWS)
+    assert run_job(work.spec(store.bucket)).resumed_rows == ROWS
 
 
 def test_of_eight_runners_at_the_same_moment_one_has_the_lease(store: Store) -> None:
@@ -93,9 +93,9 @@ def test_of_eight_runners_at_the_same_moment_one_has_the_lease(store: Store) -> 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_verb_gets_through_every_fault(store: Store, behind: Behind, fault: str) -> None:
-    proxy = behind(share=0.4, seed=3, faults=(fault,))
+    proxy = behind(share=0.3, seed=3, faults=(fault,))
     data = os.urandom(200_000)
-    for number in range(4):
+    for number in range(2):
         uri = f"{store.bucket}/folder/{number}"
         assert put_create(uri, data)
         assert not put_create(uri, b"another")
@@ -107,7 +107,7 @@ def test_every_verb_gets_through_every_fault(store: Store, behind: Behind, fault
             assert file.read(50_000) == data[1000:51_000]
         assert list_names(f"{store.bucket}/folder") == [str(number)]
         remove(uri)
-    assert proxy.counts[fault] > 5
+    assert proxy.counts[fault] > 2
 
 
 def test_behind_faults_the_table_is_the_same(store: Store, behind: Behind, work: Work) -> None:
@@ -122,11 +122,11 @@ def test_behind_faults_the_table_is_the_same(store: Store, behind: Behind, work:
 
 
 def test_a_write_whose_answer_is_lost_is_known_as_its_own(store: Store, behind: Behind) -> None:
-    proxy = behind(share=0.5, seed=5, faults=(LOST_ANSWER,))
-    for number in range(10):
+    proxy = behind(share=0.4, seed=5, faults=(LOST_ANSWER,))
+    for number in range(6):
         assert put_create(f"{store.bucket}/{number}", b"mine %d" % number)
         assert read_bytes(f"{store.bucket}/{number}") == b"mine %d" % number
-    assert proxy.counts[LOST_ANSWER] > 5
+    assert proxy.counts[LOST_ANSWER] > 3
     with Lease(f"{store.bucket}/out/_batch/key", 60.0) as lease:
         lease.take()
         assert (lease.epoch, lease.exclusive) == (1, True)

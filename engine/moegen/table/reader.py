@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from moegen.errors import InputError, SpecError
 from moegen.spec import Input
-from moegen.storage import describe, list_files
+from moegen.storage import describe, list_files, public
 from moegen.table.arrow_source import ArrowSource, ParquetSource
 from moegen.table.csv_source import CsvSource
 from moegen.table.jsonl_source import JsonlSource, share_types
@@ -104,7 +104,7 @@ class TableReader:
         for source, file in zip(self._sources, self.files, strict=True):
             _check_unchanged(file)
             for chunk in source.chunks(self._view, file.rows, _shifted(wanted, file_first)):
-                yield RowBatch(file_first + chunk.first_row, chunk.carried, file.uri, chunk.values)
+                yield RowBatch(file_first + chunk.first_row, chunk.carried, public(file.uri), chunk.values)
             file_first += file.rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -12,6 +12,7 @@ import moegen
 from moegen.errors import MoegenError
 from moegen.row import RowResult
 from moegen.spec import Output
+from moegen.storage import public
 from moegen.table.columns import Columns
 from moegen.table.folder import OutputFolder
 from moegen.table.lease import Lease
@@ -204,7 +205,7 @@ class TableWriter:
             prompt_tokens=totals.prompt_tokens,
             completion_tokens=totals.completion_tokens,
             parts=tuple(self._stored[index].info for index in sorted(self._stored)),
-            input_files=tuple(input_files),
+            input_files=tuple(replace(file, uri=public(file.uri)) for file in input_files),
             resumed_rows=self.resumed.rows,
             started_at=started_at,
             ended_at=ended_at,
