@@ -49,7 +49,7 @@ from moegen.storage import describe, join, list_below, list_names, open_fs, open
 from tests.tiny import tiny_checkpoint
 
 _POLL_S = 0.01
-_DEADLINE_S = 120.0  # of anything that is waited for
+_DEADLINE_S = 600.0  # of anything that is waited for
 _SLACK_S = {"file": 1.0, "s3": 15.0}  # beyond the journal's interval
 _LEASE_S = {"file": 2.0, "s3": 10.0}  # a sign of life must get through
 _START_KILLS = 0.15  # the share of kills that come before the first pass

@@ -21,7 +21,7 @@ FLOORS = {
     3: ("model", "memory"),
     4: ("run",),
     5: ("job",),
-    6: ("cli", "service", "display", "report", "pages", "__main__"),
+    6: ("cli", "service", "display", "openapi", "report", "pages", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 TORCH_FREE = (

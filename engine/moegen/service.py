@@ -30,6 +30,7 @@ from moegen.job.allowed import AllowedUris
 from moegen.job.records import KeyConflict, Record
 from moegen.job.runner import Supervisor
 from moegen.job.store import JobStore
+from moegen.openapi import JOB_BODY, Health, JobList, JobView, answers, created, document
 from moegen.pages.routes import add_pages
 from moegen.spec import JobSpec, JobState
 from moegen.units import KIB, MIB
@@ -90,7 +91,10 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
     registry.register(_Metrics(store))
     private = [Depends(_bearer(token))]
 
-    @app.put("/v1/jobs/{key}", dependencies=private)
+    @app.put(
+        "/v1/jobs/{key}", dependencies=private, openapi_extra=JOB_BODY,
+        responses={**answers(JobView, 401, 409, 413, 422), **created(JobView)},
+    )  # fmt: skip
     async def put_job(key: str, request: Request, owner: Annotated[int, Query(ge=0)] = 0) -> JSONResponse:
         body = await _body(request)
         return await run_in_threadpool(submit, key, body, owner)
@@ -99,28 +103,31 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
         spec = _specification(body)
         allowed.check(spec)
         grammar_text(spec)  # a form that cannot be compiled is refused now, not when the job's turn comes
-        record, created = store.submit(key, spec, owner, time.time())
+        record, is_new = store.submit(key, spec, owner, time.time())
         supervisor.wake()
-        return JSONResponse(job_view(store, record), 201 if created else 200)
+        return JSONResponse(job_view(store, record), 201 if is_new else 200)
 
-    @app.get("/v1/jobs", dependencies=private)
+    @app.get("/v1/jobs", dependencies=private, responses=answers(JobList, 401, 422))
     def list_jobs(state: JobState | None = None) -> dict[str, Any]:
         return {"jobs": [job_view(store, record) for record in store.all() if state in (None, record.state)]}
 
-    @app.get("/v1/jobs/{key}", dependencies=private)
+    @app.get("/v1/jobs/{key}", dependencies=private, responses=answers(JobView, 401, 404, 422))
     def get_job(key: str) -> dict[str, Any]:
         return job_view(store, _known(store, key))
 
-    @app.delete("/v1/jobs/{key}", dependencies=private)
+    @app.delete("/v1/jobs/{key}", dependencies=private, responses=answers(JobView, 401, 404, 422))
     def delete_job(key: str, owner: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
         _known(store, key)
         return job_view(store, store.update(key, lambda record: records.cancel(record, owner, time.time())))
 
-    @app.get("/v1/jobs/{key}/logs", dependencies=private)
+    @app.get(
+        "/v1/jobs/{key}/logs", dependencies=private, response_class=PlainTextResponse,
+        responses=answers("text/plain", 401, 404, 422),
+    )  # fmt: skip
     def get_logs(key: str, tail: Annotated[int, Query(ge=0)] = 200) -> PlainTextResponse:
         return PlainTextResponse(store.log_tail(_known(store, key), tail))
 
-    @app.get("/health")
+    @app.get("/health", responses=answers(Health))
     def health() -> dict[str, Any]:
         running = [record.key for record in store.all() if record.state is JobState.RUNNING]
         return {
@@ -130,9 +137,16 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
             "queued": len(store.queue()),
         }
 
-    @app.get("/metrics", dependencies=private)
+    @app.get(
+        "/metrics", dependencies=private, response_class=PlainTextResponse,
+        responses=answers("text/plain", 401),
+    )  # fmt: skip
     def metrics() -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/openapi.json", dependencies=private, responses=answers(dict, 401))
+    def openapi() -> dict[str, Any]:
+        return document(app, token=token is not None)
 
     add_pages(app, store, token)
     return app

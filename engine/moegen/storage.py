@@ -52,8 +52,8 @@ def storage_errors(uri: str, done: str) -> Iterator[None]:
             raise StorageError(f"{uri}: cannot be written: no such bucket or folder; create it") from error
         raise InputError(f"{uri}: not found; check the name, and that the object still exists") from error
     except PermissionError as error:
-        reason = error.__cause__ or error  # s3fs's own says less
-        raise StorageError(f"{uri}: may not be {done}: {reason}; check credentials and permissions") from error
+        said = error.__cause__ or error  # s3fs's own says less
+        raise StorageError(f"{uri}: may not be {done}: {said}; check credentials and permissions") from error
     except Exception as error:  # backends raise their own libraries' errors, which share no base class
         reason = f"{type(error).__name__}: {error}"
         raise StorageError(f"{uri}: cannot be {done}: {reason}; check credentials, endpoint and free space") from error

@@ -1,4 +1,4 @@
-"""An HTTP/1.1 proxy before an S3 server that spoils some of the requests, by a seed: the same ones, if they come in the same order.
+"""An HTTP/1.1 proxy before an S3 server that spoils some of the requests: the same ones, if the order is the same.
 
     python -m tests.s3.fault_proxy http://127.0.0.1:9000 [--share 0.05] [--seed 1] [--unconditional]
 

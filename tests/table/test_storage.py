@@ -38,6 +38,8 @@ def test_create_only_keeps_the_first(folder: str) -> None:
     uri = join(folder, "new/part")
     assert put_create(uri, b"first")
     assert not put_create(uri, b"second")
+    assert not put_create(uri, b"other")  # as long as what is there
+    assert put_create(uri, b"first")  # as if the request had been sent again
     assert read_bytes(uri) == b"first"
     assert list_names(join(folder, "new")) == ["part"]
 
