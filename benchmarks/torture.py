@@ -43,7 +43,6 @@ import moegen.cli
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from moegen.errors import InputError
 from moegen.storage import describe, join, list_below, list_names, open_fs, open_input, put_replace, read_bytes
 
 from tests.tiny import tiny_checkpoint
@@ -306,21 +305,21 @@ def watch(runner: Runner, after: tuple[str, float] | None) -> tuple[int | None, 
 
 def litter(bench: Bench, output: str) -> None:
     """What a storage without atomic writes could have left of the killed runner's writes."""
-    kept = [uri for uri in list_below(join(output, "_batch")) if "/." not in uri.removeprefix(output)]
-    epochs = [int(Path(uri).stem[6:]) for uri in kept if "/lease-" in uri]
+    kept = [uri.rpartition("/_batch/")[2] for uri in list_below(join(output, "_batch"))]
+    kept = [name for name in kept if not Path(name).name.startswith(".")]
+    epochs = [int(Path(name).stem[6:]) for name in kept if "/lease-" in name]
+    if not epochs:
+        return
+    key = kept[0].partition("/")[0]
     for kind in ("journal", "attempts"):
-        whole = [uri for uri in kept if f"/{kind}/" in uri]
+        whole = [name for name in kept if name.startswith(f"{key}/{kind}/")]
         if whole and bench.random.random() < 0.5:
-            last = bench.random.choice(whole)
-            with suppress(InputError):  # the runner before had been told to remove it
-                data = read_bytes(last)
-                name = f"{max(epochs):06d}-{999_000 + bench.random.randrange(1000):06d}{Path(last).suffix}"
-                put_replace(join(last.rpartition("/")[0], name), data[: bench.random.randint(0, len(data) - 1)])
-    if kept:
-        batch = output + kept[0].removeprefix(output).rpartition("/")[0]
-        put_replace(join(batch, f".lease-000001.json.{bench.random.getrandbits(64):x}"), b"{")
-    if epochs:
-        put_replace(join(output, f".part-000000.parquet.{bench.random.getrandbits(64):x}"), b"PAR1")
+            last = Path(bench.random.choice(whole))
+            data = read_bytes(join(output, f"_batch/{last}"))
+            half = f"{max(epochs):06d}-{999_000 + bench.random.randrange(1000):06d}{last.suffix}"
+            put_replace(join(output, f"_batch/{last.parent}/{half}"), data[: bench.random.randint(0, len(data) - 1)])
+    put_replace(join(output, f"_batch/{key}/.lease-000001.json.{bench.random.getrandbits(64):x}"), b"{")
+    put_replace(join(output, f".part-000000.parquet.{bench.random.getrandbits(64):x}"), b"PAR1")
     if bench.kind == "s3":
         half_an_upload(join(output, "part-000000.parquet"))
 

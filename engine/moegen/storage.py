@@ -48,6 +48,8 @@ def storage_errors(uri: str, done: str) -> Iterator[None]:
     except (MoegenError, MemoryError, *_BUGS):
         raise
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, MoegenError):  # our own, in a backend's wrapping
+            raise error.__cause__ from error
         if done == "written":
             raise StorageError(f"{uri}: cannot be written: no such bucket or folder; create it") from error
         raise InputError(f"{uri}: not found; check the name, and that the object still exists") from error
