@@ -30,7 +30,7 @@ VALID: dict[str, Any] = {
     "task": "generate",
     "output_schema": {"type": "object", "properties": {"a": {"enum": ["b"]}}},
 }
-EXAMPLES = settings(max_examples=300, deadline=None, database=None, derandomize=True,
+EXAMPLES = settings(max_examples=120, deadline=None, database=None, derandomize=True,
                     suppress_health_check=list(HealthCheck))  # fmt: skip
 
 leaves = st.one_of(
