@@ -13,6 +13,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from fsspec.config import conf
+
 from moegen.errors import InputError
 
 _PASSING_CODES = ("ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "TooManyRequests")
@@ -23,7 +25,10 @@ def options(scheme: str) -> dict[str, Any]:
     """What fsspec is to be given for the filesystem of a scheme, whose library is set up on the way."""
     if scheme in ("s3", "s3a"):
         _be_patient()
-    return {"client_kwargs": {"trace_configs": _guards()}} if scheme in ("http", "https") else {}
+    if scheme not in ("http", "https"):
+        return {}
+    settings = conf.get(scheme, {}).get("client_kwargs", {})  # a person's own, which ours would replace
+    return {"client_kwargs": {**settings, "trace_configs": _guards()}}
 
 
 @cache

@@ -92,7 +92,10 @@ def test_of_eight_runners_at_the_same_moment_one_has_the_lease(store: Store) -> 
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_verb_gets_through_every_fault(store: Store, behind: Behind, fault: str) -> None:
+def test_every_verb_gets_through_every_fault(
+    store: Store, behind: Behind, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # botocore waits long; so s3fs's turn comes too
     proxy = behind(share=0.3, seed=3, faults=(fault,))
     data = os.urandom(200_000)
     for number in range(2):
@@ -179,12 +182,10 @@ def test_a_job_outlives_its_credentials(
     assert run_job(spec).rows == ROWS
 
 
-def test_killed_jobs_behind_faults_end_with_the_right_table(
-    store: Store, behind: Behind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_jobs_behind_faults_end_with_the_right_table(store: Store, behind: Behind, tmp_path: Path) -> None:
     """benchmarks/torture.py on this server, at a size that fits here."""
     proxy = behind(share=0.05, seed=2)
-    counts = {"kills": 4, "pairs": 1, "pauses": 1, "rows": 200, "answer-tokens": 12}
+    counts = {"kills": 4, "pairs": 1, "rows": 200, "answer-tokens": 12}
     arguments = [f"--{name}={count}" for name, count in counts.items()]
     command = [sys.executable, "-m", "benchmarks.torture", *arguments, f"--storage={store.bucket}/torture"]
     run = subprocess.run(
@@ -193,7 +194,6 @@ def test_killed_jobs_behind_faults_end_with_the_right_table(
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "torture.json").read_text())
     assert [found[name]["kills"] for name in ("greedy", "sampled")] == [2, 2]
-    assert all(found[name]["tables_equal"] for name in ("greedy", "sampled", "pairs", "pauses"))
+    assert all(found[name]["tables_equal"] for name in ("greedy", "sampled", "pairs"))
     assert found["pairs"]["one_ran_and_one_left"] == 1
-    assert (found["pauses"]["noticed"], found["pauses"]["parts_untouched"]) == (1, True)
     assert sum(proxy.counts.values()) - proxy.counts[""] > 10
