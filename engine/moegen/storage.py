@@ -87,7 +87,8 @@ def public(uri: str) -> str:
         parts = urlsplit(uri)
     except ValueError:  # a text that only looks like one
         return uri
-    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    container = parts.scheme in ("abfs", "abfss")  # what stands there before the @
+    bare = parts if container else parts._replace(netloc=parts.netloc.rpartition("@")[2])
     if parts.scheme in ("http", "https"):  # elsewhere ? is a glob's
         bare = bare._replace(query="")
     return bare.geturl() if bare != parts else uri

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -43,12 +44,19 @@ def _places(name: str) -> Iterator[str]:
     yield name
     if _local_path(name) is None:
         return
-    roots = [os.path.realpath(match) for match in glob.iglob(name, recursive=True)] if glob.has_magic(name) else [name]  # noqa: PTH207, absolute
-    for root in roots:
-        yield root
-        for folder, folders, files in os.walk(root):
-            links = (path for inside in (*folders, *files) if os.path.islink(path := os.path.join(folder, inside)))  # noqa: PTH114, PTH118, many
-            yield from map(os.path.realpath, links)
+    for found in glob.iglob(name, recursive=True) if glob.has_magic(name) else [name]:  # noqa: PTH207, absolute
+        yield os.path.realpath(found)
+        yield from map(os.path.realpath, _links_below(found))
+
+
+def _links_below(folder: str) -> Iterator[str]:
+    """The links in a local folder, to any depth; what cannot be listed has none that the engine could follow."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield entry.path
+            elif entry.is_dir():
+                yield from _links_below(entry.path)
 
 
 def _below(name: str, prefix: str) -> bool:
