@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool")
+PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool", "setpriv")
 INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd"
 _READY_S = 90.0
 _SETTINGS = """
@@ -164,7 +164,8 @@ class Ceph:
             raise RuntimeError(f"{program} {arguments[0]}: {done.stdout}{done.stderr}")
 
     def _daemon(self, program: str, *arguments: object) -> None:
-        command = [*self._command(program, arguments), "-f"]
+        bound = ["setpriv", "--pdeathsig", "KILL"]  # it ends with this process, however that ends
+        command = [*bound, *self._command(program, arguments), "-f"]
         self._daemons.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
     def _command(self, program: str, arguments: tuple[object, ...]) -> list[str]:

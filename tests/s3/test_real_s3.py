@@ -185,7 +185,7 @@ def test_a_job_outlives_its_credentials(
 def test_killed_jobs_behind_faults_end_with_the_right_table(store: Store, behind: Behind, tmp_path: Path) -> None:
     """benchmarks/torture.py on this server, at a size that fits here."""
     proxy = behind(share=0.05, seed=2)
-    counts = {"kills": 4, "pairs": 1, "rows": 200, "answer-tokens": 12}
+    counts = {"kills": 4, "pairs": 1, "rows": 150, "answer-tokens": 8}
     arguments = [f"--{name}={count}" for name, count in counts.items()]
     command = [sys.executable, "-m", "benchmarks.torture", *arguments, f"--storage={store.bucket}/torture"]
     run = subprocess.run(
