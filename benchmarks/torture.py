@@ -1,12 +1,17 @@
 """Jobs that are killed, doubled and paused, again and again, and end with the table of an undisturbed run.
 
     python benchmarks/torture.py --kills 100 [--pairs 50] [--pauses 10] [--poison 1]
+    python benchmarks/torture.py --storage s3://bucket/folder ...    # input and output there, credentials as usual
 
 Every runner is a process of its own that runs the shipped command; this process forks it after the imports, which are
 most of a small job's start, and ends it with SIGKILL at a random moment of its start or its work. Besides, what a
 storage without atomic writes could leave is put into the job's folder: half of a journal file, half of a mark, stray
-temporary files. Then the same command runs again. The model is a tiny one of random weights, and rows are compared in
-every column but `attempts`, which says how often a row was begun.
+temporary files; on S3, which writes whole objects, half of a multipart upload too. Then the same command runs again.
+The model is a tiny one of random weights, and rows are compared in every column but `attempts`, which says how often a
+row was begun.
+
+What a kill costs is given in rows and in seconds. The seconds may exceed the journal's interval by a write and a busy
+machine, and on S3 by what is waited there before a request that failed is sent again: see `_SLACK_S`.
 
 Kills come from outside here, so `errors.quarantine_after` is out of reach; `--poison` is the other case: a row with
 which the engine really dies.
@@ -38,12 +43,14 @@ import moegen.cli
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from moegen.storage import describe, join, list_below, list_names, open_fs, open_input, put_replace, read_bytes
 
 from tests.tiny import tiny_checkpoint
 
 _POLL_S = 0.01
-_DEADLINE_S = 120.0  # of anything that is waited for
-_SLACK_S = 1.0  # beyond the journal's interval: a tick, a write, and a busy machine
+_DEADLINE_S = 600.0  # of anything that is waited for
+_SLACK_S = {"file": 1.0, "s3": 15.0}  # beyond the journal's interval
+_LEASE_S = {"file": 2.0, "s3": 10.0}  # a sign of life must get through
 _START_KILLS = 0.15  # the share of kills that come before the first pass
 Spec = dict[str, Any]
 
@@ -134,54 +141,80 @@ class Killed:
 
 @dataclass
 class Bench:
-    """A model, a table, and jobs over them."""
+    """A model, a table, and jobs over them; input and output lie below `storage`."""
 
     folder: Path
+    storage: str
     rows: int
     answer_tokens: int
     journal_s: float
-    lease_s: float = 2.0
     random: random.Random = field(default_factory=lambda: random.Random(20261122))
 
     def __post_init__(self) -> None:
         self.model = tiny_checkpoint(self.folder / "model")
-        self.table = self.folder / "in.jsonl"
+        self.table = join(self.storage, "in.jsonl")
         words = [f"word{number}" for number in range(50)]
-        with self.table.open("w") as table:
-            for row in range(self.rows):
-                prompt = " ".join(self.random.choices(words, k=self.random.randint(1, 8)))
-                table.write(json.dumps({"id": row, "prompt": prompt}) + "\n")
+        prompts = (" ".join(self.random.choices(words, k=self.random.randint(1, 8))) for _ in range(self.rows))
+        lines = [json.dumps({"id": row, "prompt": prompt}) + "\n" for row, prompt in enumerate(prompts)]
+        put_replace(self.table, "".join(lines).encode())
 
-    def spec(self, output: Path, *, sampled: bool = False, **sections: Any) -> Spec:
+    @property
+    def kind(self) -> str:
+        """Of the storage."""
+        return "file" if "://" not in self.storage else "s3"
+
+    @property
+    def window_s(self) -> float:
+        """How much work a kill may cost."""
+        return self.journal_s + _SLACK_S[self.kind]
+
+    def output(self, job: str) -> str:
+        """Of a job by this name."""
+        return join(self.storage, f"{job}/out")
+
+    def spec(self, output: str, *, sampled: bool = False, **sections: Any) -> Spec:
         """Of a job over the table."""
         spec: Spec = {
-            "input": {"uri": str(self.table)},
+            "input": {"uri": self.table},
             "prompt": {"column": "prompt"},
             "model": {"uri": str(self.model)},
             "sampling": {"max_tokens": self.answer_tokens, "temperature": 1.0 if sampled else 0.0, "seed": 7},
-            "output": {"uri": str(output), "rows_per_part": 256},
+            "output": {"uri": output, "rows_per_part": 256},
             "engine": {"plan": {"kv_pages": 128, "page_tokens": 16}},  # some dozens of rows at once: a job has a middle
-            "checkpoint": {"journal_seconds": self.journal_s, "lease_seconds": self.lease_s},
+            "checkpoint": {"journal_seconds": self.journal_s, "lease_seconds": _LEASE_S[self.kind]},
             "errors": {"quarantine_after": 1_000_000},
         }
         return {name: {**spec.get(name, {}), **sections.get(name, {})} for name in {*spec, *sections}}
 
 
-def read(output: Path) -> pa.Table:
-    """The finished table, without what only says how it came about."""
-    if not (output / "_SUCCESS").exists():
+def read(output: str, *, finished: bool = True) -> pa.Table:
+    """The table, without what only says how it came about."""
+    if finished and "_SUCCESS" not in list_names(output):
         raise AssertionError(f"{output} has no _SUCCESS")
-    return pa.concat_tables(pq.read_table(part) for part in sorted(output.glob("part-*"))).drop_columns(["attempts"])
+    tables = []
+    for uri in parts(output):
+        with open_input(uri, "sequential") as file:
+            tables.append(pq.read_table(file))
+    return pa.concat_tables(tables)
+
+
+def parts(output: str) -> list[str]:
+    return [join(output, name) for name in list_names(output) if name.startswith("part-")]
+
+
+def answers(output: str) -> pa.Table:
+    """The finished table but for the column that says how often a row was begun."""
+    return read(output).drop_columns(["attempts"])
 
 
 def undisturbed(bench: Bench, name: str, **changes: Any) -> tuple[pa.Table, float, float]:
     """Its table, and the seconds before and after it began to run."""
-    runner = Runner(bench.folder / name, bench.spec(bench.folder / name / "out", **changes))
+    runner = Runner(bench.folder / name, bench.spec(bench.output(name), **changes))
     until(lambda: runner.poll() is not None or runner.progress.get("stage") == "running", "the first pass")
     began_s = time.monotonic()
     if (code := runner.wait()) != 0:
         raise AssertionError(f"an undisturbed run ended with {code}; see {runner.log}")
-    return read(bench.folder / name / "out"), began_s - runner.started_s, time.monotonic() - began_s
+    return answers(bench.output(name)), began_s - runner.started_s, time.monotonic() - began_s
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------
@@ -193,9 +226,9 @@ def kill_often(bench: Bench, kills: int, *, sampled: bool) -> dict[str, Any]:
     expected, start_s, run_s = undisturbed(bench, f"{name}-straight", sampled=sampled)
     begun_s, killed, jobs, equal = time.monotonic(), list[Killed](), 0, True
     while len(killed) < kills or jobs == 0:
-        folder = bench.folder / f"{name}-{jobs}"
-        killed += kill_until_done(bench, folder, sampled, kills - len(killed), start_s, run_s)
-        equal = equal and read(folder / "out").equals(expected)
+        job = f"{name}-{jobs}"
+        killed += kill_until_done(bench, job, sampled, kills - len(killed), start_s, run_s)
+        equal = equal and answers(bench.output(job)).equals(expected)
         jobs += 1
     stages = [kill.stage for kill in killed]
     result = {
@@ -208,20 +241,19 @@ def kill_often(bench: Bench, kills: int, *, sampled: bool) -> dict[str, Any]:
         "rows_redone_at_most": max((kill.redone for kill in killed), default=0),
         "seconds_redone_at_most": max((kill.seconds_redone for kill in killed), default=0.0),
         "journal_seconds": bench.journal_s,
+        "window_seconds": bench.window_s,
         "seconds": time.monotonic() - begun_s,
         "seconds_undisturbed": start_s + run_s,
     }
-    result["within_the_window"] = result["seconds_redone_at_most"] <= bench.journal_s + _SLACK_S
+    result["within_the_window"] = result["seconds_redone_at_most"] <= bench.window_s
     print(f"{name}: {json.dumps(result)}", flush=True)
     return result
 
 
-def kill_until_done(
-    bench: Bench, folder: Path, sampled: bool, kills: int, start_s: float, run_s: float
-) -> list[Killed]:
+def kill_until_done(bench: Bench, job: str, sampled: bool, kills: int, start_s: float, run_s: float) -> list[Killed]:
     killed: list[Killed] = []
     while True:
-        runner = Runner(folder, bench.spec(folder / "out", sampled=sampled))
+        runner = Runner(bench.folder / job, bench.spec(bench.output(job), sampled=sampled))
         left = 1 - (killed[-1].rows_done / bench.rows if killed else 0)
         after_s = plan_kill(bench, start_s, run_s * left / max(kills - len(killed), 1))
         found, kill = watch(runner, None if len(killed) == kills else after_s)
@@ -236,7 +268,7 @@ def kill_until_done(
             kill.rows_done, kill.moments = killed[-1].rows_done, killed[-1].moments
             kill.at_s = killed[-1].at_s
         killed.append(kill)
-        litter(bench, folder / "out")
+        litter(bench, bench.output(job))
 
 
 def plan_kill(bench: Bench, start_s: float, mean_run_s: float) -> tuple[str, float]:
@@ -271,21 +303,33 @@ def watch(runner: Runner, after: tuple[str, float] | None) -> tuple[int | None, 
     return (runner.progress["rows_done"] if found is None else found), None
 
 
-def litter(bench: Bench, output: Path) -> None:
+def litter(bench: Bench, output: str) -> None:
     """What a storage without atomic writes could have left of the killed runner's writes."""
-    for batch in (output / "_batch").glob("*"):
-        for kind, pattern in (("journal", "*.arrow"), ("attempts", "*.json")):
-            whole = sorted((batch / kind).glob(pattern))
-            if whole and bench.random.random() < 0.5:
-                last = bench.random.choice(whole)
-                epoch = max(int(path.name[6:-5]) for path in batch.glob("lease-*.json"))
-                half = last.read_bytes()[: bench.random.randint(0, last.stat().st_size - 1)]
-                (batch / kind / f"{epoch:06d}-{999_000 + bench.random.randrange(1000):06d}{last.suffix}").write_bytes(
-                    half
-                )
-        (batch / f".lease-000001.json.{bench.random.getrandbits(64):x}").write_bytes(b"{")
-    if output.exists():
-        (output / f".part-000000.parquet.{bench.random.getrandbits(64):x}").write_bytes(b"PAR1")
+    kept = [uri.rpartition("/_batch/")[2] for uri in list_below(join(output, "_batch"))]
+    kept = [name for name in kept if not Path(name).name.startswith(".")]
+    epochs = [int(Path(name).stem[6:]) for name in kept if "/lease-" in name]
+    if not epochs:
+        return
+    key = kept[0].partition("/")[0]
+    for kind in ("journal", "attempts"):
+        whole = [name for name in kept if name.startswith(f"{key}/{kind}/")]
+        if whole and bench.random.random() < 0.5:
+            last = Path(bench.random.choice(whole))
+            data = read_bytes(join(output, f"_batch/{last}"))
+            half = f"{max(epochs):06d}-{999_000 + bench.random.randrange(1000):06d}{last.suffix}"
+            put_replace(join(output, f"_batch/{last.parent}/{half}"), data[: bench.random.randint(0, len(data) - 1)])
+    put_replace(join(output, f"_batch/{key}/.lease-000001.json.{bench.random.getrandbits(64):x}"), b"{")
+    put_replace(join(output, f".part-000000.parquet.{bench.random.getrandbits(64):x}"), b"PAR1")
+    if bench.kind == "s3":
+        half_an_upload(join(output, "part-000000.parquet"))
+
+
+def half_an_upload(uri: str) -> None:
+    """A multipart upload that nobody completes."""
+    fs, path = open_fs(uri)
+    bucket, key, _ = fs.split_path(path)
+    begun = fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    fs.call_s3("upload_part", Bucket=bucket, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"PAR1")
 
 
 # --- two runners, paused runners, poison ----------------------------------------------------------------------------
@@ -298,13 +342,12 @@ def start_in_pairs(bench: Bench, pairs: int) -> dict[str, Any]:
     equal = said = True
     begun_s = time.monotonic()
     for number in range(pairs):
-        folder = bench.folder / f"pair-{number}"
-        spec = bench.spec(folder / "out")
-        runners = [Runner(folder / which, spec) for which in ("a", "b")]
+        output = bench.output(f"pair-{number}")
+        runners = [Runner(bench.folder / f"pair-{number}" / which, bench.spec(output)) for which in ("a", "b")]
         endings.append(tuple(sorted(runner.wait() for runner in runners)))
         leavers = [runner for runner in runners if runner.exit_code == 75]
         said = said and all("another runner (process" in runner.log.read_text() for runner in leavers)
-        equal = equal and read(folder / "out").equals(expected)
+        equal = equal and answers(output).equals(expected)
     result = {
         "pairs": pairs,
         "one_ran_and_one_left": endings.count((0, 75)),
@@ -322,8 +365,8 @@ def pause(bench: Bench, pauses: int) -> dict[str, Any]:
     noticed, untouched, equal = 0, True, True
     begun_s = time.monotonic()
     for number in range(pauses):
-        folder = bench.folder / f"pause-{number}"
-        spec = bench.spec(folder / "out")
+        folder, output = bench.folder / f"pause-{number}", bench.output(f"pause-{number}")
+        spec = bench.spec(output)
         first = Runner(folder / "first", spec)
         until(lambda first=first: first.progress.get("stage") == "running", "the first pass")
         time.sleep(bench.random.uniform(0, run_s / 2))
@@ -336,12 +379,12 @@ def pause(bench: Bench, pauses: int) -> dict[str, Any]:
             second.wait()
         else:
             time.sleep(bench.random.uniform(0, run_s / 2))
-        before = {part: part.stat() for part in (folder / "out").glob("part-*")}
+        before = {part: describe(part) for part in parts(output)}
         first.kill(signal.SIGCONT)
         noticed += first.wait() == 75 and "took this job over" in first.log.read_text()
         second.wait()
-        untouched = untouched and all(part.stat() == stat for part, stat in before.items())
-        equal = equal and second.exit_code == 0 and read(folder / "out").equals(expected)
+        untouched = untouched and all(describe(part) == seen for part, seen in before.items())
+        equal = equal and second.exit_code == 0 and answers(output).equals(expected)
     result = {
         "pauses": pauses,
         "noticed": noticed,
@@ -356,11 +399,11 @@ def pause(bench: Bench, pauses: int) -> dict[str, Any]:
 def poison(bench: Bench, row: int) -> dict[str, Any]:
     """The engine dies with one row; the same command runs until the job is done."""
     expected, *_ = undisturbed(bench, "poison-straight")
-    spec = bench.spec(bench.folder / "poison" / "out", errors={"quarantine_after": 3})
+    spec = bench.spec(bench.output("poison"), errors={"quarantine_after": 3})
     endings: list[int] = []
     while 0 not in endings and len(endings) < 9:
         endings.append(Runner(bench.folder / "poison", spec, lambda: die_with(row)).wait())
-    found = pa.concat_tables(pq.read_table(part) for part in sorted((bench.folder / "poison/out").glob("part-*")))
+    found = read(bench.output("poison"), finished=False)
     victim = found.slice(row, 1).to_pylist()[0]
     others = pa.concat_tables([found.slice(0, row), found.slice(row + 1)]).drop_columns(["attempts"])
     result = {
@@ -393,7 +436,8 @@ def die_with(row: int) -> None:
 def scenarios(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     def bench(name: str, rows: int) -> Bench:
         (folder / name).mkdir()
-        return Bench(folder / name, rows, args.answer_tokens, args.journal_seconds)
+        storage = str(folder / name) if args.storage is None else join(args.storage, name)
+        return Bench(folder / name, storage, rows, args.answer_tokens, args.journal_seconds)
 
     if args.kills:
         both = bench("kills", args.rows)
@@ -427,6 +471,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=0, help="two runners at the same moment, so many times")
     parser.add_argument("--pauses", type=int, default=0, help="a runner stopped beyond its lease, so many times")
     parser.add_argument("--poison", type=int, default=0, help="1: a row with which the engine dies")
+    parser.add_argument("--storage", metavar="URI", help="where input and output lie; default: a local folder")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--small-rows", type=int, default=60, help="of the jobs of pairs and poison")
     parser.add_argument("--answer-tokens", type=int, default=32)

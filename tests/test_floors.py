@@ -17,12 +17,12 @@ import moegen_airflow
 ENGINE, PROVIDER = Path(moegen.__file__).parent, Path(moegen_airflow.__file__).parent
 FLOORS = {
     0: ("condition", "errors", "units", "spec", "spec_text", "row"),
-    1: ("answer", "shape", "plan", "schedule", "storage", "table", "text"),
+    1: ("answer", "shape", "plan", "remote", "schedule", "storage", "table", "text"),
     2: ("ops",),
     3: ("model", "memory"),
     4: ("run",),
     5: ("job",),
-    6: ("cli", "service", "display", "report", "pages", "__main__"),
+    6: ("cli", "service", "display", "openapi", "report", "pages", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 TORCH_FREE = (

@@ -33,6 +33,18 @@ from moegen.job.records import KeyConflict, Record
 from moegen.job.results import result_lines
 from moegen.job.runner import Supervisor
 from moegen.job.store import JobStore
+from moegen.openapi import (
+    JOB_BODY,
+    TABLE_BODY,
+    Health,
+    JobList,
+    JobView,
+    Preflight,
+    TableUris,
+    answers,
+    created,
+    document,
+)
 from moegen.pages.routes import add_pages
 from moegen.spec import JobSpec, JobState
 from moegen.units import KIB, MIB
@@ -95,7 +107,10 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
     inbox = Inbox(store.state_dir)
     readable = allowed.beside(str(inbox.folder.absolute()))
 
-    @app.put("/v1/jobs/{key}", dependencies=private)
+    @app.put(
+        "/v1/jobs/{key}", dependencies=private, openapi_extra=JOB_BODY,
+        responses={**answers(JobView, 401, 409, 413, 422), **created(JobView)},
+    )  # fmt: skip
     async def put_job(key: str, request: Request, owner: Annotated[int, Query(ge=0)] = 0) -> JSONResponse:
         body = await _body(request)
         return await run_in_threadpool(submit, key, body, owner)
@@ -104,15 +119,15 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
         spec = _specification(body)
         readable.check(spec)
         grammar_text(spec)  # a form that cannot be compiled is refused now, not when the job's turn comes
-        record, created = store.submit(key, spec, owner, time.time())
+        record, is_new = store.submit(key, spec, owner, time.time())
         supervisor.wake()
-        return JSONResponse(job_view(store, record), 201 if created else 200)
+        return JSONResponse(job_view(store, record), 201 if is_new else 200)
 
-    @app.get("/v1/jobs", dependencies=private)
+    @app.get("/v1/jobs", dependencies=private, responses=answers(JobList, 401, 422))
     def list_jobs(state: JobState | None = None) -> dict[str, Any]:
         return {"jobs": [job_view(store, record) for record in store.all() if state in (None, record.state)]}
 
-    @app.get("/v1/jobs/{key}", dependencies=private)
+    @app.get("/v1/jobs/{key}", dependencies=private, responses=answers(JobView, 401, 404, 422))
     def get_job(key: str) -> dict[str, Any]:
         paused = _known(store, key).state is JobState.PAUSED
         record = store.ask(key, time.time())
@@ -121,12 +136,15 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
             supervisor.wake()
         return job_view(store, record)
 
-    @app.delete("/v1/jobs/{key}", dependencies=private)
+    @app.delete("/v1/jobs/{key}", dependencies=private, responses=answers(JobView, 401, 404, 422))
     def delete_job(key: str, owner: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
         _known(store, key)
         return job_view(store, store.update(key, lambda record: records.cancel(record, owner, time.time())))
 
-    @app.get("/v1/jobs/{key}/logs", dependencies=private)
+    @app.get(
+        "/v1/jobs/{key}/logs", dependencies=private, response_class=PlainTextResponse,
+        responses=answers("text/plain", 401, 404, 422),
+    )  # fmt: skip
     def get_logs(
         key: str,
         tail: Annotated[int, Query(ge=0)] = 200,
@@ -138,7 +156,10 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
         lines, end = store.log_after(record, offset)
         return PlainTextResponse(lines.decode(errors="replace"), headers={"X-Log-Offset": str(end)})
 
-    @app.get("/v1/jobs/{key}/rows", dependencies=private)
+    @app.get(
+        "/v1/jobs/{key}/rows", dependencies=private, response_class=StreamingResponse,
+        responses=answers("application/x-ndjson", 401, 404, 409, 422),
+    )  # fmt: skip
     def get_rows(key: str) -> StreamingResponse:
         record = _known(store, key)
         manifest = store.status(record).manifest
@@ -147,7 +168,10 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
         lines = result_lines(record.spec["output"]["uri"], manifest)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
-    @app.post("/v1/preflight", dependencies=private)
+    @app.post(
+        "/v1/preflight", dependencies=private, openapi_extra=JOB_BODY,
+        responses=answers(Preflight, 401, 413, 422, 502),
+    )  # fmt: skip
     async def post_preflight(request: Request) -> dict[str, Any]:
         body = await _body(request)
         return await run_in_threadpool(look_ahead, body)
@@ -158,12 +182,15 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
         grammar_text(spec)
         return asdict(preflight(spec))
 
-    @app.put("/v1/tables/{name}", dependencies=private)
+    @app.put(
+        "/v1/tables/{name}", dependencies=private, openapi_extra=TABLE_BODY,
+        responses={**answers(TableUris, 401, 409, 413, 422, 502), **created(TableUris)},
+    )  # fmt: skip
     async def put_table(name: str, request: Request) -> JSONResponse:
-        created = await inbox.put(name, request.stream())
-        return JSONResponse(inbox.uris(name), 201 if created else 200)
+        is_new = await inbox.put(name, request.stream())
+        return JSONResponse(inbox.uris(name), 201 if is_new else 200)
 
-    @app.get("/health")
+    @app.get("/health", responses=answers(Health))
     def health() -> dict[str, Any]:
         running = [record.key for record in store.all() if record.state is JobState.RUNNING]
         return {
@@ -173,9 +200,16 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
             "queued": len(store.queue()),
         }
 
-    @app.get("/metrics", dependencies=private)
+    @app.get(
+        "/metrics", dependencies=private, response_class=PlainTextResponse,
+        responses=answers("text/plain", 401),
+    )  # fmt: skip
     def metrics() -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/openapi.json", dependencies=private, responses=answers(dict, 401))
+    def openapi() -> dict[str, Any]:
+        return document(app, token=token is not None)
 
     add_pages(app, store, token)
     return app

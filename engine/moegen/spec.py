@@ -34,6 +34,7 @@ JsonText = typing.NewType("JsonText", str)
 which is the order in which an answer has them, survives every trip."""
 
 
+_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@([^/?#]*)")  # and the host after it
 MAX_ANSWERS = 64  # of one row
 MAX_LOGPROBS = 20  # beside a generated token's own
 
@@ -61,6 +62,15 @@ def _require(ok: bool, name: str, value: object, remedy: str) -> None:
         shown = repr(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
         raise SpecError(f"{name}: {shown} cannot be used; {remedy}")
+
+
+def _require_no_password(name: str, uri: str) -> None:
+    """Specifications are kept, shown and logged."""
+    if (found := _PASSWORD.search(uri)) is not None:
+        raise SpecError(
+            f"{name}: the URI at {found[1]!r} holds a password; leave it out, and give credentials where the storage's "
+            "library looks for them (its environment variables or files)"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,8 @@ class Input:
     partitions: Literal["folder", "uri", "off"] = "folder"
 
     def __post_init__(self) -> None:
+        for uri in self.uris:
+            _require_no_password("input.uri", uri)
         _require(bool(self.uris) and all(self.uris), "input.uri", self.uri, "name at least one file, folder or glob")
         _require("\0" not in "".join(self.uris), "input.uri", self.uri, "a name cannot hold a null byte")
         _require(self.limit is None or self.limit >= 0, "input.limit", self.limit, "give 0 or more rows")
@@ -145,6 +157,7 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint says
 
     def __post_init__(self) -> None:
+        _require_no_password("model.uri", self.uri)
         _require(bool(self.uri) and "\0" not in self.uri, "model.uri", self.uri, "name a checkpoint folder")
 
 
@@ -239,6 +252,7 @@ class Output:
     iceberg: Iceberg | None = None  # the table that finished parts are registered in
 
     def __post_init__(self) -> None:
+        _require_no_password("output.uri", self.uri)
         _require(bool(self.uri) and "\0" not in self.uri, "output.uri", self.uri, "name a folder")
         _require(self.rows_per_part >= 1, "output.rows_per_part", self.rows_per_part, "give 1 or more")
         plain = self.format == "parquet" and not self.partition_by

@@ -15,16 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from moegen.errors import InputError, MoegenError, SpecError, StorageError
+from moegen.remote import options
 from moegen.units import GIB, MIB
 
 BLOCK_BYTES = 8 * MIB  # one request to an object store
 _VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "mtime", "created")
-_IGNORE_CONDITIONS: set[str] = set()  # filesystems, by their token
+_IGNORE_CONDITIONS: set[str] = set()  # buckets, see `_bucket`
 _BUGS = (AttributeError, LookupError, NameError, TypeError)  # not storage's doing
 
 
@@ -40,14 +42,20 @@ class StoredObject:
 @contextmanager
 def storage_errors(uri: str, done: str) -> Iterator[None]:
     """Turns what a backend raises into moegen's errors; `done` is what was attempted ("read", "written")."""
+    uri = public(uri)
     try:
         yield
     except (MoegenError, MemoryError, *_BUGS):
         raise
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, MoegenError):  # our own, in a backend's wrapping
+            raise error.__cause__ from error
         if done == "written":
             raise StorageError(f"{uri}: cannot be written: no such bucket or folder; create it") from error
         raise InputError(f"{uri}: not found; check the name, and that the object still exists") from error
+    except PermissionError as error:
+        said = error.__cause__ or error  # s3fs's own says less
+        raise StorageError(f"{uri}: may not be {done}: {said}; check credentials and permissions") from error
     except OSError as error:
         if done != "written" and error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
             raise InputError(f"{uri}: not found: {error.strerror}; check the name") from error
@@ -57,8 +65,6 @@ def storage_errors(uri: str, done: str) -> Iterator[None]:
 
 
 def _refused(uri: str, done: str, error: Exception) -> StorageError:
-    if isinstance(error, PermissionError):
-        return StorageError(f"{uri}: may not be {done}: {error}; check credentials and permissions")
     reason = f"{type(error).__name__}: {error}"
     return StorageError(f"{uri}: cannot be {done}: {reason}; check credentials, endpoint and free space")
 
@@ -72,15 +78,28 @@ def open_fs(uri: str) -> tuple[Any, str]:
     """
     try:
         with storage_errors(uri, "opened"):
-            fs, path = fsspec.core.url_to_fs(uri)
+            fs, path = fsspec.core.url_to_fs(uri, **options(fsspec.utils.get_protocol(uri)))
             fs.invalidate_cache()  # listings grow stale in a long-lived process
     except StorageError as error:
         if isinstance(error.__cause__, ImportError):
-            raise SpecError(f"{uri}: {error.__cause__} (for s3:// install moegen[s3])") from error
+            raise SpecError(f"{public(uri)}: {error.__cause__} (for s3:// install moegen[s3])") from error
         if isinstance(error.__cause__, ValueError):
-            raise SpecError(f"{uri}: {error.__cause__}; use a local path or a URI that fsspec knows") from error
+            raise SpecError(f"{public(uri)}: {error.__cause__}; use a local path or a URI that fsspec knows") from error
         raise
     return fs, path
+
+
+def public(uri: str) -> str:
+    """The URI without a user's name and password and, of a web address, its query, which may sign a request."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # a text that only looks like one
+        return uri
+    container = parts.scheme in ("abfs", "abfss")  # what stands there before the @
+    bare = parts if container else parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    if parts.scheme in ("http", "https"):  # elsewhere ? is a glob's
+        bare = bare._replace(query="")
+    return bare.geturl() if bare != parts else uri
 
 
 def join(folder: str, name: str) -> str:
@@ -196,7 +215,12 @@ def read_bytes(uri: str) -> bytes:
     """The whole object. Raises as `open_input`."""
     fs, path = open_fs(uri)
     with storage_errors(uri, "read"):
-        return cast(bytes, fs.cat_file(path))
+        return _content(fs, path)
+
+
+def _content(fs: Any, path: str) -> bytes:
+    # In one piece: s3fs does not try again where one of several pieces at once breaks off.
+    return cast(bytes, fs.cat_file(path, **({"max_concurrency": 1} if "s3" in fs.protocol else {})))
 
 
 @contextmanager
@@ -216,47 +240,67 @@ def local_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="moegen-") as copy:
         for name in filter(wanted, list_names(uri)):
             with storage_errors(join(uri, name), "read"):
-                fs.get_file(join(path, name), str(Path(copy) / name))
+                _fetch(fs, join(path, name), str(Path(copy) / name))
         yield Path(copy)
 
 
-def put_create(uri: str, data: bytes) -> bool:
-    """Creates the object with all of `data` at once; False, and nothing changed, when the name is taken.
+def _fetch(fs: Any, path: str, copy: str) -> None:
+    try:
+        fs.get_file(path, copy)
+    except Exception:
+        if "s3" not in fs.protocol:
+            raise
+        fs.get_file(path, copy, max_concurrency=1)  # goes on where a piece breaks off, as several at once do not
 
-    Of several writers one wins, and a crash never leaves part of the data at the name. An object store that refuses
-    create-only writes, or is known to ignore them, is asked first whether the name is taken: there two writers at the
-    same moment both win.
+
+def put_create(uri: str, data: bytes) -> bool:
+    """Creates the object with all of `data` at once; False, and nothing changed, when the name has other content.
+
+    Of several writers one wins, and a crash never leaves part of the data at the name. A name that has exactly this
+    data already counts as created: where the answer to a request was lost, the request is sent again and meets itself.
+    An object store that refuses create-only writes, or is known to ignore them, is asked first whether the name is
+    taken: there two writers at the same moment both win.
 
     Raises:
         StorageError: storage refused.
     """
     fs, path = open_fs(uri)
     with storage_errors(uri, "written"):
-        if isinstance(fs, LocalFileSystem):
-            return _link(Path(path), data)
-        # One PUT: object stores honour create-only there, but not all of them when a multipart upload completes.
-        one_put = {"chunksize": 5 * GIB} if "s3" in fs.protocol else {}
-        if fs._fs_token in _IGNORE_CONDITIONS and fs.exists(path):
+        created = _link(Path(path), data) if isinstance(fs, LocalFileSystem) else _pipe_new(fs, uri, path, data)
+        return created or (fs.info(path)["size"] == len(data) and _content(fs, path) == data)
+
+
+def _pipe_new(fs: Any, uri: str, path: str, data: bytes) -> bool:
+    # One PUT: object stores honour create-only there, but not all of them when a multipart upload completes.
+    one_put = {"chunksize": 5 * GIB} if "s3" in fs.protocol else {}
+    if _bucket(uri) in _IGNORE_CONDITIONS and fs.exists(path):
+        return False
+    try:
+        fs.pipe_file(path, data, mode="create", **one_put)
+    except PermissionError:
+        raise
+    except OSError as error:  # FileExistsError, or what a backend makes of 412 Precondition Failed
+        if fs.exists(path):
             return False
-        try:
-            fs.pipe_file(path, data, mode="create", **one_put)
-        except OSError as error:  # FileExistsError, or what a backend makes of 412 Precondition Failed
-            if fs.exists(path):
-                return False
-            if error.errno != errno.ENOSYS:  # 501 Not Implemented: the condition, not the write
-                raise
-            fs.pipe_file(path, data, **one_put)
+        if error.errno != errno.ENOSYS:  # 501 Not Implemented: the condition, not the write
+            raise
+        fs.pipe_file(path, data, **one_put)
     return True
 
 
 def ask_before_create(uri: str) -> None:
     """The storage at `uri` was found to ignore create-only writes: from now on `put_create` asks it first."""
-    _IGNORE_CONDITIONS.add(open_fs(uri)[0]._fs_token)
+    _IGNORE_CONDITIONS.add(_bucket(uri))
 
 
 def asks_before_create(uri: str) -> bool:
     """Whether `put_create` asks this storage first."""
-    return open_fs(uri)[0]._fs_token in _IGNORE_CONDITIONS
+    return _bucket(uri) in _IGNORE_CONDITIONS
+
+
+def _bucket(uri: str) -> str:
+    """Scheme and bucket; filesystem objects will not do, as every thread has its own."""
+    return "/".join(uri.split("/")[:3]) if "://" in uri else ""
 
 
 def put_replace(uri: str, data: bytes) -> None:

@@ -15,6 +15,7 @@ from moegen.memory.stored_experts import ExpertSource
 from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
 from moegen.ops.expert_weights import UP, ExpertGroup, PlainMatrix
 from moegen.shape import ModelShape, read_config
+from moegen.text import Tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, conversion_mapping
 from transformers.core_model_loading import Interleave, WeightConverter, WeightRenaming
@@ -311,6 +312,32 @@ def test_no_checkpoint_no_weights_and_broken_json(tmp_path, folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         ModelShape.read(str(folder))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "evil"])
+def test_code_that_comes_with_a_checkpoint_is_not_run(folder, model_type):
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR.")
+    kinds = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
+    for name, change in (
+        ("config.json", {"model_type": model_type, "auto_map": kinds, "trust_remote_code": True}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil"] * 2}, "tokenizer_class": "Evil"}),
+    ):
+        path = folder / name
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **change}))
+    if model_type == "evil":
+        with pytest.raises(UnsupportedModel, match="code that comes with a checkpoint is never run"):
+            ModelShape.read(str(folder))
+        with pytest.raises(CheckpointError, match="no tokenizer can be loaded"):
+            Tokenizer.load(str(folder))
+    else:  # transformers' own code is run instead
+        load(folder)
+        Tokenizer.load(str(folder))
+        (folder / FILE).unlink()
+        with pytest.raises(CheckpointError, match=r"no \*\.safetensors files .* other weight formats are not read"):
+            load(folder)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])

@@ -154,6 +154,16 @@ def test_allowed(uri: str) -> None:
         "file:///etc/passwd",
         "file:/etc/passwd",
         "local:///etc/passwd",
+        "S3://bucket/in/a.parquet",
+        "FILE:///etc/passwd",
+        "s3://bucket/in/{{ ds }}/../../secret",
+        "s3://bucket/in/\t../secret/a.parquet",
+        "s3://bucket/in\\..\\secret",
+        "https://bucket/in/a.parquet",
+        "s3:/bucket/in/a.parquet",
+        "data:text/csv,prompt",
+        "simplecache://bucket/in/a.parquet",
+        "reference://bucket/in",
     ],
 )
 def test_not_allowed(uri: str) -> None:
@@ -162,10 +172,24 @@ def test_not_allowed(uri: str) -> None:
     assert "secret@" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("uri", ["s3://key:secret@bucket/a", "zip://*::s3://bucket/a.zip", "http://h/in/../a.csv"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:secret@bucket/a",
+        "https://secret@host/a.csv",
+        "zip://*::s3://key:secret@bucket/a.zip",
+        "simplecache::s3://bucket/a",
+        "http://h/in/../a.csv",
+        "http://h/in/%2E%2e/a.csv",
+        "http://[",
+        "s3://bucket/a\0.csv",
+        "s3://bucket/\u202ea.csv",
+    ],
+)
 def test_never_allowed(uri: str) -> None:
-    with pytest.raises(SpecError, match=r"^input\.uri: "):
+    with pytest.raises(SpecError, match=r"^input\.uri: ") as refusal:
         AllowedUris().check(job(uri))
+    assert "secret" not in str(refusal.value)
 
 
 def test_outputs_and_models_have_their_own_prefixes() -> None:
@@ -185,12 +209,17 @@ def test_local_links_and_climbs_are_resolved(tmp_path: Path) -> None:
     (inside / "link").symlink_to(outside)
     (inside / "c.csv").symlink_to(outside / "a.csv")
     allowed = AllowedUris(inputs=(str(inside),))
-    for good in (inside, f"{inside}/b.csv", f"{inside}/b*.csv", inside.as_uri(), f"{inside}/../in/b.csv"):
+    for good in (f"{inside}/b.csv", f"{inside}/b*.csv", f"{inside.as_uri()}/b.csv", f"{inside}/../in/b.csv"):
         allowed.check(job(str(good)))
-    for bad in ("../secret/a.csv", "link/a.csv", "c.csv", "*.csv", "*/a.csv", "**"):
+    for bad in ("../secret/a.csv", "link/a.csv", "c.csv", "*.csv", "*/a.csv", "**", ""):  # the last is the folder
         with pytest.raises(SpecError, match="outside what this service allows"):
             allowed.check(job(f"{inside}/{bad}"))
     AllowedUris(inputs=(inside.as_uri(),)).check(job(f"{inside}/b.csv"))
+    (inside / "c.csv").unlink()
+    (inside / "link").unlink()
+    (inside / "d.csv").symlink_to(inside / "b.csv")
+    for good in (inside, inside.as_uri(), f"{inside}/*"):
+        allowed.check(job(str(good)))
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

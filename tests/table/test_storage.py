@@ -20,6 +20,7 @@ from moegen.storage import (
     list_names,
     local_folder,
     open_fs,
+    public,
     put_create,
     put_replace,
     read_bytes,
@@ -38,6 +39,8 @@ def test_create_only_keeps_the_first(folder: str) -> None:
     uri = join(folder, "new/part")
     assert put_create(uri, b"first")
     assert not put_create(uri, b"second")
+    assert not put_create(uri, b"other")  # as long as what is there
+    assert put_create(uri, b"first")  # as if the request had been sent again
     assert read_bytes(uri) == b"first"
     assert list_names(join(folder, "new")) == ["part"]
 
@@ -75,6 +78,20 @@ def test_what_is_missing_is_an_input_error(folder: str) -> None:
     for verb in (describe, read_bytes, lambda uri: list_files(uri, lambda path: True)):
         with pytest.raises(InputError, match="nothing: not found"):
             verb(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://me:secret@bucket/a?b", "s3://bucket/a?b"),
+        ("https://secret@host/a.csv?X-Signature=secret", "https://host/a.csv"),
+        ("abfss://container@account/a", "abfss://container@account/a"),
+        ("/local/a@b?c", "/local/a@b?c"),
+        ("http://[", "http://["),
+    ],
+)
+def test_what_may_be_told_of_a_uri(uri: str, shown: str) -> None:
+    assert public(uri) == shown
 
 
 def test_unknown_schemes_are_specification_errors() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
@@ -13,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from moegen.errors import SpecError
 from moegen.spec import JobSpec
+from moegen.storage import public
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,27 @@ class AllowedUris:
 def _check(field: str, uri: str, prefixes: Sequence[str]) -> None:
     name = normalised(field, uri)
     if prefixes and not all(any(_below(place, prefix) for prefix in prefixes) for place in _places(name)):
-        raise SpecError(f"{field}: {uri!r} is outside what this service allows: {', '.join(prefixes)}")
+        raise SpecError(f"{field}: {public(uri)!r} is outside what this service allows: {', '.join(prefixes)}")
 
 
 def _places(name: str) -> Iterator[str]:
-    """The name itself and, for a local glob, its matches: one may be a link that leads elsewhere."""
+    """The name itself and, of a local folder or glob, whatever it leads to: a link may lead elsewhere."""
     yield name
-    if _local_path(name) is not None and glob.has_magic(name):
-        yield from (os.path.realpath(match) for match in glob.iglob(name, recursive=True))  # noqa: PTH207, absolute
+    if _local_path(name) is None:
+        return
+    for found in glob.iglob(name, recursive=True) if glob.has_magic(name) else [name]:  # noqa: PTH207, absolute
+        yield os.path.realpath(found)
+        yield from map(os.path.realpath, _links_below(found))
+
+
+def _links_below(folder: str) -> Iterator[str]:
+    """The links in a local folder, to any depth; what cannot be listed has none that the engine could follow."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield entry.path
+            elif entry.is_dir():
+                yield from _links_below(entry.path)
 
 
 def _below(name: str, prefix: str) -> bool:
@@ -58,14 +73,20 @@ def normalised(field: str, uri: str) -> str:
     """One spelling per place: local paths absolute, with links and .. resolved; remote URIs as they are.
 
     Raises:
-        SpecError: a URI that holds a user's name or password, chains filesystems, or climbs with `..` remotely.
+        SpecError: what is no URI, holds a user's name or password, chains filesystems, hides characters, or climbs
+            with `..` remotely.
     """
-    if "\0" in uri or "::" in uri:
-        raise SpecError(f"{field}: {uri!r} cannot be used; give one plain URI, without :: chains")
-    parts = urlsplit(uri)
+    if "::" in uri:
+        raise SpecError(f"{field}: one filesystem behind another (::) cannot be used; give one plain URI")
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise SpecError(f"{field}: {uri!r} is no URI: {error}") from error
     if "@" in parts.netloc:
         place = parts.netloc.rpartition("@")[2]
         raise SpecError(f"{field}: the URI at {place!r} holds credentials; give them to the service's environment")
+    if not uri.isprintable():
+        raise SpecError(f"{field}: {public(uri)!r} has characters that nobody sees; write the address without them")
     if (path := _local_path(uri)) is not None:
         return os.path.realpath(path)
     if ".." in unquote(parts.path).replace("\\", "/").split("/"):

@@ -10,18 +10,19 @@ shown can run or fetch anything.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import secrets
 import time
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import RedirectResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 
 from moegen.errors import InputError, SpecError, StorageError
 from moegen.job.records import Record
 from moegen.job.store import JobStore
+from moegen.openapi import answers
+from moegen.openapi import page as page_of
 from moegen.pages.frame import REFRESH_S, missing_page, short
 from moegen.pages.job import job_page
 from moegen.pages.jobs import jobs_page
@@ -38,6 +39,9 @@ _HEADERS = {
 }
 _HTML, _TEXT, _JSON = "text/html", "text/plain", "application/json"
 
+
+_PAGE = {**answers(_HTML, 401, 422), **page_of(404)}
+
 Refresh = Annotated[int, Query(ge=0, le=3600)]
 
 
@@ -45,16 +49,21 @@ def add_pages(app: FastAPI, store: JobStore, token: str | None) -> None:
     """`/jobs` and what is below it, over an entered store."""
     private = [Depends(_password(token))]
 
-    @app.get("/jobs", dependencies=private)
+    @app.get("/jobs", dependencies=private, response_class=HTMLResponse, responses=answers(_HTML, 401, 422))
     def get_jobs(page: Annotated[int, Query(ge=1, le=1_000_000)] = 1, refresh: Refresh = REFRESH_S) -> Response:
         return _shown(jobs_page(store, page, refresh, time.time()))
 
-    @app.get("/jobs/{key}/log", dependencies=private)
+    @app.get(
+        "/jobs/{key}/log",
+        dependencies=private,
+        response_class=PlainTextResponse,
+        responses=_PAGE | answers(_TEXT),
+    )
     def get_job_log(key: str, request: Request) -> Response:
         record = store.get(key)
         return _unknown(key, request) if record is None else _shown(store.log_tail(record, _ALL_LINES), _TEXT)
 
-    @app.get("/jobs/{key}/manifest", dependencies=private)
+    @app.get("/jobs/{key}/manifest", dependencies=private, responses=_PAGE | answers(dict))
     def get_job_manifest(key: str, request: Request) -> Response:
         record = store.get(key)
         if record is None:
@@ -64,12 +73,22 @@ def add_pages(app: FastAPI, store: JobStore, token: str | None) -> None:
             return _missing("No manifest", "The job has not succeeded: its manifest comes last.", request)
         return _shown(json.dumps(manifest, indent=2), _JSON)
 
-    @app.get("/jobs/{key}/report", dependencies=private)
+    @app.get(
+        "/jobs/{key}/report",
+        dependencies=private,
+        response_class=HTMLResponse,
+        responses={**answers(_HTML, 401, 422), **page_of(404, 502)},
+    )
     def get_job_report(key: str, request: Request) -> Response:
         record = store.get(key)
         return _unknown(key, request) if record is None else _report(record, request)
 
-    @app.get("/jobs/{key:path}", dependencies=private)
+    @app.get(
+        "/jobs/{key:path}",
+        dependencies=private,
+        response_class=HTMLResponse,
+        responses={**answers(_HTML, 401, 422), **page_of(404)},
+    )
     def get_job_page(key: str, request: Request, refresh: Refresh = REFRESH_S) -> Response:
         if not key:
             return RedirectResponse("../jobs", headers=_HEADERS)
@@ -122,5 +141,5 @@ def _given(request: Request) -> str:
         return ""
     try:
         return base64.b64decode(value, validate=True).decode().partition(":")[2]
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # not ASCII, not base64, not UTF-8
         return ""

@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import moegen
 from moegen.errors import InputError, SpecError
 from moegen.spec import JOB_KEY, JobSpec
-from moegen.storage import join, list_below, list_names, put_create, read_bytes, remove
+from moegen.storage import join, list_below, list_names, public, put_create, read_bytes, remove
 from moegen.table.fingerprint import CIRCUMSTANCES
 from moegen.table.reader import InputFile
 
@@ -134,18 +133,7 @@ def _public(value: Any) -> Any:
         return {name: _public(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_public(item) for item in value]
-    return _public_uri(value) if isinstance(value, str) and "://" in value else value
-
-
-def _public_uri(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-    except ValueError:  # a prompt that only looks like one
-        return text
-    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
-    if parts.scheme in ("http", "https"):  # elsewhere ? is a glob's
-        bare = bare._replace(query="")
-    return bare.geturl() if bare != parts else text
+    return public(value) if isinstance(value, str) and "://" in value else value
 
 
 def _read(uri: str) -> BatchPlan:

@@ -92,6 +92,7 @@ class Lease:
         after_crash: whether the holder before may have crashed: it neither released its lease nor is it only paused.
         paused_epoch: of a holder that has not ended, but was silent for its lease.
         lost: whether a successor was seen.
+        exclusive: whether storage honours create-only writes, as far as `take` has found out.
     """
 
     def __init__(self, folder: str, lease_s: float, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -100,7 +101,7 @@ class Lease:
         self._write = threading.Lock()
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._exclusive = True  # until storage is found to ignore create-only writes
+        self.exclusive = True
         self.epoch = 0
         self.after_crash = self.lost = False
         self.paused_epoch: int | None = None
@@ -178,13 +179,13 @@ class Lease:
                 log.warning("no sign of life was written: %s", error)
 
     def _create(self, epoch: int) -> None:
-        uri, data = self._uri(epoch), _encoded(self._me)
-        if not put_create(uri, data) and not self._is_mine(epoch):  # a PUT that is tried again meets itself
+        uri = self._uri(epoch)
+        if not put_create(uri, _encoded(self._me)):
             raise self._taken(self._read(epoch))
-        if not asks_before_create(uri) and not put_create(uri, data):
+        if not asks_before_create(uri) and not put_create(uri, _encoded(replace(self._me, beats=1))):
             log.info("%s: create-only writes are honoured", self._folder)
             return
-        self._exclusive = False
+        self.exclusive = False
         ask_before_create(uri)
         log.warning(
             "%s: this storage ignores create-only writes; of two runners that begin at the same moment, the one whose "
@@ -198,7 +199,7 @@ class Lease:
     def _succeeded(self) -> bool:
         if max(self._epochs(), default=0) > self.epoch:
             return True
-        return not self._exclusive and not self._is_mine(self.epoch)
+        return not self.exclusive and not self._is_mine(self.epoch)
 
     def _await_silence(self, epoch: int, seen: Holder | None) -> Holder | None:
         """Until the holder is gone or was silent for its lease, by this machine's clock alone."""

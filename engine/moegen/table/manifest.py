@@ -41,6 +41,7 @@ class Manifest:
     journal_rows: int = 0  # rows that this run found in the journal when it began
     dedup_rows: int = 0  # with the answer of an earlier row that asks for the same
     dedup_tokens: int = 0  # of their prompts and answers, which are in no other count
+    create_only: bool = True  # whether storage honoured create-only writes; if not, names were looked for first
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)

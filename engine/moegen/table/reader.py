@@ -13,7 +13,7 @@ import pyarrow as pa
 from moegen.condition import Condition, parse
 from moegen.errors import InputError, SpecError
 from moegen.spec import Input
-from moegen.storage import StoredObject, describe, list_files, search_root
+from moegen.storage import StoredObject, describe, list_files, public, search_root
 from moegen.table.arrow_source import ArrowSource, ParquetSource
 from moegen.table.csv_source import CsvSource
 from moegen.table.filter import Bounds, Filter
@@ -130,7 +130,7 @@ class TableReader:
                 start = self._starts[index]
                 for chunk in member.chunks(self._view, own.stop, _shifted(wanted, start, own)):
                     chunk = chunk.within(own)
-                    yield RowBatch(start + chunk.first_row, chunk.carried, member.uri, chunk.values)
+                    yield RowBatch(start + chunk.first_row, chunk.carried, public(member.uri), chunk.values)
 
     def _own_rows(self, index: int) -> range:
         """Which of a file's passing rows belong to this table."""

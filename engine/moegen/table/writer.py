@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -12,6 +12,7 @@ import moegen
 from moegen.errors import MoegenError
 from moegen.row import RowResult
 from moegen.spec import Output
+from moegen.storage import public
 from moegen.table.columns import Columns
 from moegen.table.folder import OutputFolder, StoredPart
 from moegen.table.lease import Lease
@@ -216,7 +217,7 @@ class TableWriter:
             prompt_tokens=totals.prompt_tokens,
             completion_tokens=totals.completion_tokens,
             parts=tuple(file for index in sorted(self._stored) for file in self._stored[index].files),
-            input_files=tuple(input_files),
+            input_files=tuple(replace(file, uri=public(file.uri)) for file in input_files),
             resumed_rows=self.resumed.rows,
             started_at=started_at,
             ended_at=ended_at,
@@ -226,6 +227,7 @@ class TableWriter:
             journal_rows=found.rows - self.resumed.rows,
             dedup_rows=totals.dedup_rows,
             dedup_tokens=totals.dedup_tokens,
+            create_only=self._lease is None or self._lease.exclusive,
         )
         write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate, register=register)
         return manifest
