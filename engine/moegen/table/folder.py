@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +20,7 @@ from moegen.storage import check_writable, describe, join, list_below, list_name
 from moegen.table.batch_plan import BATCH_NAME
 from moegen.table.manifest import MANIFEST_NAME, SUCCESS_NAME, read_manifest
 from moegen.table.part import Footer, PartInfo, Totals, encode, is_part_name, part_name, read_footer, unwritable_column
-from moegen.table.partitions import folder_of, names_in
+from moegen.table.partitions import folder_of
 
 _FOOTERS_AT_ONCE = 16  # requests in flight, where storage is far away
 _LONGEST_FOLDER = 200  # characters; file systems end at 255 bytes
@@ -258,7 +259,7 @@ def is_partition_path(name: str) -> bool:
 
 
 def _columns(name: str) -> list[str]:
-    return [*names_in(name.rpartition("/")[0])]
+    return [unquote(folder.partition("=")[0]) for folder in name.split("/")[:-1]]
 
 
 def _folder_value(value: Any) -> str | None:
