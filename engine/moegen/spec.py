@@ -215,10 +215,11 @@ class PlanOverrides:
     stream_depth: int | None = None  # groups read ahead; 0: each is read when it is needed
     reader_threads: int | None = None  # threads that read groups from disk
     kv_home: Literal["device", "host"] = "device"  # on a GPU: which memory has the pages
+    latent_kv: bool = True  # layers with latent attention keep latents; false: keys and values of all heads
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            if item.name == "kv_home":
+            if item.name in ("kv_home", "latent_kv"):
                 continue
             value, least = getattr(self, item.name), int(item.name not in ("resident_groups", "stream_depth"))
             _require(value is None or value >= least, f"engine.plan.{item.name}", value, f"give {least} or more")

@@ -74,9 +74,7 @@ class HostedAttention:
         if not len(decode.rows):
             return
 
-        def gathered(
-            query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor
-        ) -> None:  # fmt: skip
+        def gathered(query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
             ask = partial(self._pages, pages)
             gathered_decode(query_THD, ask, pages.page_bytes, pages.page_tokens, spans, rule, out_THD)
 

@@ -1,6 +1,6 @@
 """The pages of one layer's keys and values, written and gathered in bulk.
 
-Shape suffixes: P pages, G KV heads, C tokens per page, D head dim, W width of a latent with its rotary part, R its rank.
+Shape suffixes: P pages, G KV heads, C tokens per page, D head dim, R a latent's rank, W its width with the rotary part.
 A page of one KV head is one contiguous run.
 """
 

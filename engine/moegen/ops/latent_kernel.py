@@ -1,8 +1,8 @@
 """Decode attention over latents on the CPU: one query per sequence, all heads over the same pages, read once.
 
-With the up-projections absorbed (`moegen.ops.latent_heads`) latent attention is attention of H query heads over a single
-key per token, [latent, rotary part], whose first `rank` elements are the value too. So per element of a page there are
-up to 2 H multiply-adds, and arithmetic binds, not memory: what follows are two GEMMs and an online softmax between them,
+With the up-projections absorbed (`moegen.ops.latent_heads`) latent attention is attention of H query heads over one key
+per token, [latent, rotary part], whose first `rank` elements are the value too. So per element of a page there are
+about 2 H multiply-adds, and arithmetic binds, not memory: these are two GEMMs with an online softmax between them,
 
     scores [heads, tokens]  = queries [heads, width] x keys [width, tokens]
     answer [heads, rank]   += weights [heads, tokens] x keys [tokens, rank]

@@ -61,6 +61,7 @@ class Plan:
     reader_threads: int
     host: MemoryUse
     device_memory: MemoryUse  # all 0 on a CPU device
+    latent_kv: bool = True  # layers with latent attention keep latents; else keys and values of all heads
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -93,6 +93,7 @@ class _Search:
             expert_dtype=_expert_dtype(shape, machine, model_dtype, compute_dtype),
             kv_dtype=model_dtype,
             fixed_group_experts=engine.plan.group_experts,
+            latent_kv=engine.plan.latent_kv,
         )
         return cls(footprint, machine, engine, workload, streamable, host, device)
 
@@ -197,6 +198,7 @@ class _Search:
             reader_threads=readers,
             host=host,
             device_memory=device,
+            latent_kv=footprint.latent_kv,
         )
 
     def _grouping(self, resident: int) -> dict[str, Any]:
