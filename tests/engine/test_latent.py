@@ -22,7 +22,7 @@ from moegen.model.tiny import tiny_config
 from moegen.ops.attention import AttentionRule, paged_attention, span_attention
 from moegen.ops.kv_pages import LatentPages
 from moegen.ops.latent_heads import LatentHeads
-from moegen.run.certify import TOLERANCE, _random_model, certify, logit_difference, tiny_reference
+from moegen.run.certify import TOLERANCE, certify, logit_difference, random_model, tiny_reference
 from moegen.run.engine import Engine
 from moegen.schedule.sequence import Request
 from moegen.schedule.step import AttentionBatch, Span
@@ -122,7 +122,7 @@ def test_deepseek_v3_at_its_true_rank_and_heads() -> None:
     config.num_attention_heads = config.num_key_value_heads = 128
     config.kv_lora_rank, config.first_k_dense_replace = 512, 1
     assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (128, 64, 128)
-    reference = _random_model(config)
+    reference = random_model(config)
     model = host(reference)
     assert kept_bytes(model, torch.bfloat16) == (512 + 64) * 2 * 2
     assert kept_bytes(host(reference, latent_kv=False), torch.bfloat16) == 128 * 320 * 2 * 2

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moegen.ops.expert_weights import ExpertMatrix, PlainMatrix, expert_matrix
+from moegen.ops.expert_weights import ExpertMatrix, PanelMatrix, PlainMatrix
 
 _EXPANDED_BYTES = 32 << 20  # keys and values that are expanded at once, about
 _ABSORBED_BYTES = 32 << 20  # absorbed queries and their answers that exist at once, about
@@ -123,7 +123,8 @@ def _stack(weight_HOI: torch.Tensor, stored: torch.dtype) -> ExpertMatrix:
     if weight_HOI.device.type != "cpu" or weight_HOI.dtype != torch.float32:
         return PlainMatrix(weight_HOI)
     exact = torch.equal(weight_HOI.to(stored).to(weight_HOI.dtype), weight_HOI)
-    stack = expert_matrix(*weight_HOI.shape, stored if exact else weight_HOI.dtype, weight_HOI.dtype, weight_HOI.device)
+    heads, out_features, in_features = weight_HOI.shape
+    stack = PanelMatrix(heads, out_features, in_features, stored if exact else weight_HOI.dtype)
     for head, matrix_OI in enumerate(weight_HOI):
         stack.place(head, 0, matrix_OI)
     return stack

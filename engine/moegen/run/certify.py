@@ -95,7 +95,7 @@ def tiny_reference(config: PreTrainedConfig, full: PreTrainedModel | None = None
     `full` is the model of `config` on the meta device, for whoever has it.
     """
     layers = decoder_layers(_full_model(config) if full is None else full)
-    return _random_model(tiny_config(config, layers_of_every_kind(layers)))
+    return random_model(tiny_config(config, layers_of_every_kind(layers)))
 
 
 def _full_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -136,7 +136,7 @@ def _require_attention_everywhere(host: ModelHost) -> None:
             raise _StateBesideAttention(f"layer type {mixers} keeps state beside attention's keys and values")
 
 
-def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Weights large enough that every path matters: fan-in scaled matrices, perturbed vectors and buffers.
 
     But no larger: they amplify rounding, also that of transformers' own forward, layer after layer.
