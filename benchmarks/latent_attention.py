@@ -121,7 +121,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     few = Case(max(case.sequences // 8, 1), case.tokens, case.heads)  # 71 times the bytes, at 128 heads
     heads = Pages(few, KVShape(case.heads, NOPE + ROPE, VALUE), NOPE + ROPE)
     errors = latent.largest_error(), heads.largest_error()
-    if not max(errors) < 1e-5:
+    if not max(errors) < 1e-4:
         raise SystemExit(f"{case}: kernel and torch way differ by {errors}")
     block, matrix = torch.ones(DRAM_BYTES // 4), torch.randn(GEMM_SIZE, GEMM_SIZE)
     taken: dict[str, list[float]] = {"latent": [], "heads": [], "dram_bytes_per_s": [], "gemm_flops_per_s": []}

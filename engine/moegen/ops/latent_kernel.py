@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numba
 import numpy as np
 import torch
+from numba import types
+from numba.extending import intrinsic
 
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import numba_threads
+from moegen.ops.vector_ir import as_float, i64, nbytes, store
 from moegen.ops.vectors import (
     BLOCK,
     DEPTH,
@@ -71,9 +74,10 @@ class _Scratch(NamedTuple):
 
     own: int  # [width / DEPTH, heads, X_STRIDE] queries
     flipped: int  # [width, BLOCK] keys
-    rest: int  # [DEPTH, BLOCK] the last columns of values
+    panel: int  # [DEPTH, BLOCK] values
     scores: int  # [heads, X_STRIDE] of DEPTH tokens
-    table: int  # [DEPTH + 1] addresses of panels
+    table: int  # [DEPTH + 1] addresses of keys, page by page
+    panels: int  # [2] addresses of what is multiplied, and of what is prefetched
 
 
 class _Piece(NamedTuple):
@@ -158,13 +162,13 @@ def _work(  # type: ignore[no-untyped-def]
     block_heads, all_heads = accs.shape[1], query.shape[1]
     blocks = (all_heads + block_heads - 1) // block_heads
     depths = (width + DEPTH - 1) // DEPTH
-    table = np.empty(DEPTH + 1, np.int64)
+    table, panels = np.empty(DEPTH + 1, np.int64), np.empty(2, np.int64)
     floats = np.zeros(16 + (width + DEPTH) * BLOCK + (depths + 1) * block_heads * X_STRIDE, np.float32)
     flipped = (floats.ctypes.data + 63) // 64 * 64  # vectors that straddle cache lines cost twice
-    rest = flipped + width * BLOCK * _FLOAT
-    scores = rest + DEPTH * BLOCK * _FLOAT
+    panel = flipped + width * BLOCK * _FLOAT
+    scores = panel + DEPTH * BLOCK * _FLOAT
     own = scores + block_heads * X_STRIDE * _FLOAT
-    scratch = _Scratch(own, flipped, rest, scores, table.ctypes.data)
+    scratch = _Scratch(own, flipped, panel, scores, table.ctypes.data, panels.ctypes.data)
     piece_pages = max(_PIECE_TOKENS // page_tokens, 1)
     while True:
         task = take_number(counters.ctypes.data)
@@ -180,12 +184,15 @@ def _work(  # type: ignore[no-untyped-def]
         low, high = begins[span], ends[span]
         first = low // page_tokens + (number - first_pieces[span]) * piece_pages
         end = min(first + piece_pages, (high + page_tokens - 1) // page_tokens)
-        for r in range(heads):
-            states[0, task, r] = -np.inf
-            states[1, task, r] = 0
-            for d in range(width):
-                place = (d // DEPTH * heads + r) * X_STRIDE + d % DEPTH
-                put(own + place * _FLOAT, query[rows[span], head + r, d] * scaling)
+        states[0, task, :] = -np.inf
+        states[1, task, :] = 0
+        for d in range(0, width, DEPTH):
+            for r in range(heads):
+                place = (own - floats.ctypes.data) // _FLOAT + (d // DEPTH * heads + r) * X_STRIDE
+                source = query[rows[span], head + r, d : min(d + DEPTH, width)]
+                to = floats[place : place + len(source)]
+                for i in range(len(source)):
+                    to[i] = source[i] * scaling
         _attend(
             pages.dtype.type(0),
             shape,
@@ -258,13 +265,13 @@ def _score(kind, shape, scratch, key, tokens, column, ahead):  # type: ignore[no
     _flip(kind, shape, key, tokens, scratch.flipped)
     for d in range(0, shape.width, DEPTH):
         depth = min(DEPTH, shape.width - d)
-        put(scratch.table, scratch.flipped + d * BLOCK * _FLOAT)
-        put(scratch.table + 8, ahead + d * BLOCK * shape.size)
+        put(scratch.panels, scratch.flipped + d * BLOCK * _FLOAT)
+        put(scratch.panels + 8, ahead + d * BLOCK * shape.size)
         for r in range(0, shape.heads, shape.tile):
             product(
                 np.float32(0), kind, d == 0, min(shape.tile, shape.heads - r), depth,
                 scratch.own + (d // DEPTH * shape.heads + r) * X_STRIDE * _FLOAT,
-                scratch.table, depth, 0, BLOCK, BLOCK,
+                scratch.panels, depth, 0, BLOCK, BLOCK,
                 scratch.scores + (r * X_STRIDE + column) * _FLOAT, X_STRIDE,
             )  # fmt: skip
 
@@ -293,35 +300,43 @@ def _soften(shape, scratch, low, tokens, state):  # type: ignore[no-untyped-def]
     for r in range(shape.heads):
         row = scratch.scores + r * X_STRIDE * _FLOAT
         shrink = soften(row, vectors, low, tokens, state.best + r * _FLOAT, state.total + r * _FLOAT)
-        scale(state.acc + r * shape.out_stride * _FLOAT, shape.out_stride // LANES, shrink)
+        if shrink != 1:
+            scale(state.acc + r * shape.out_stride * _FLOAT, shape.out_stride // LANES, shrink)
+
+
+@intrinsic
+def widen_block(typing, kind, source, to):  # type: ignore[no-untyped-def]
+    """Copies BLOCK elements at `source` to `to`, as float32."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        for vector in range(BLOCK // LANES):
+            place = b.add(args[1], i64(vector * LANES * nbytes(kind)))
+            store(b, as_float(b, place, kind), b.add(args[2], i64(vector * LANES * _FLOAT)))
+        return context.get_dummy_value()
+
+    return types.void(kind, types.intp, types.intp), generate
 
 
 @_jit
 def _add_values(kind, shape, scratch, tokens, panel_rows, acc):  # type: ignore[no-untyped-def]
-    """`acc[r] += sum over c < tokens of weights[r, c] * key[c, :rank]`, for the keys at the addresses in the table."""
-    whole = shape.rank - shape.rank % BLOCK
-    for d in range(0, whole, BLOCK):
+    """`acc[r] += sum over c < tokens of weights[r, c] * key[c, :rank]`, for the keys at the addresses in the table.
+
+    A panel of values is widened once for all heads.
+    """
+    put(scratch.panels, scratch.panel)
+    put(scratch.panels + 8, scratch.panel)
+    for d in range(0, shape.rank, BLOCK):
+        columns = min(BLOCK, shape.rank - d)
+        for c in range(tokens):
+            key = get(scratch.table + c // panel_rows * 8) + (c % panel_rows * shape.width + d) * shape.size
+            if columns == BLOCK:
+                widen_block(kind, key, scratch.panel + c * BLOCK * _FLOAT)
+            else:
+                for i in range(columns):
+                    widen(kind, key + i * shape.size, scratch.panel + (c * BLOCK + i) * _FLOAT)
         for r in range(0, shape.heads, shape.tile):
             product(
-                kind, kind, 0, min(shape.tile, shape.heads - r), tokens, scratch.scores + r * X_STRIDE * _FLOAT,
-                scratch.table, panel_rows, d * shape.size, shape.width, shape.width,
+                np.float32(0), kind, 0, min(shape.tile, shape.heads - r), tokens,
+                scratch.scores + r * X_STRIDE * _FLOAT, scratch.panels, tokens, 0, BLOCK, 0,
                 acc + (r * shape.out_stride + d) * _FLOAT, shape.out_stride,
             )  # fmt: skip
-    if whole < shape.rank:
-        _add_rest(kind, shape, scratch, tokens, panel_rows, whole, acc)
-
-
-@_jit
-def _add_rest(kind, shape, scratch, tokens, panel_rows, whole, acc):  # type: ignore[no-untyped-def]
-    """The columns of values that are no whole block, through a copy."""
-    for c in range(tokens):
-        key = get(scratch.table + c // panel_rows * 8) + c % panel_rows * shape.width * shape.size
-        for d in range(whole, shape.rank):
-            widen(kind, key + d * shape.size, scratch.rest + (c * BLOCK + d - whole) * _FLOAT)
-    put(scratch.table, scratch.rest)
-    put(scratch.table + 8, scratch.rest)
-    for r in range(0, shape.heads, shape.tile):
-        product(
-            np.float32(0), kind, 0, min(shape.tile, shape.heads - r), tokens, scratch.scores + r * X_STRIDE * _FLOAT,
-            scratch.table, tokens, 0, BLOCK, 0, acc + (r * shape.out_stride + whole) * _FLOAT, shape.out_stride,
-        )  # fmt: skip
