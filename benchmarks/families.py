@@ -59,6 +59,7 @@ class Verdict:
     model_class: str
     way: str
     reason: str = ""
+    keeps_latents: bool = False
 
 
 def families() -> dict[str, str]:
@@ -84,9 +85,11 @@ def default_config(family: str) -> PreTrainedConfig:
 @cache
 def judge(family: str) -> Verdict:
     """What the engine does with this family's default config."""
-    model_class = families()[family]
+    model_class, config = families()[family], default_config(family)
     try:
-        return Verdict(family, model_class, certify(default_config(family)))
+        way = certify(config)
+        latent = getattr(config.get_text_config(), "kv_lora_rank", None)  # kept, or certify would have refused
+        return Verdict(family, model_class, way, keeps_latents=bool(latent))
     except UnsupportedModel as error:
         return Verdict(family, model_class, "refused", str(error))
 
@@ -98,7 +101,11 @@ def document(verdicts: Iterable[Verdict]) -> str:
     lines = [f"| `{v.family}` | {v.model_class} | {v.way} | {v.reason.replace('|', '/')} |" for v in rows]
     title = ["| model type | class | way | why refused |", "| --- | --- | --- | --- |"]
     count = f"{equal} families run, {len(rows) - equal} are refused.\n"
-    return "\n".join([_HEAD, count, *title, *lines, ""])
+    names = ", ".join(f"`{v.family}`" for v in rows if v.keeps_latents)
+    latents = (
+        f"Their attention is latent, and pages keep the latents instead of every head's keys and values: {names}.\n"
+    )
+    return "\n".join([_HEAD, count, latents, *title, *lines, ""])
 
 
 def main() -> None:

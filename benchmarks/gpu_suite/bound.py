@@ -39,7 +39,8 @@ def capacity_bound(
     resident = min(weight_bytes, device_bytes)
     moved = weight_bytes - resident
     host_kv, device_kv = max(host_bytes - moved, 0), device_bytes - resident
-    sequence_bytes = shape.kv_per_token * DTYPE_BYTES[shape.dtype] * workload.mean_context
+    kv_per_token = shape.latent_kv_per_token or shape.kv_per_token
+    sequence_bytes = kv_per_token * DTYPE_BYTES[shape.dtype] * workload.mean_context
     sequences = (host_kv + device_kv) / sequence_bytes
     tokens = sequences * (1 + workload.mean_prompt / workload.mean_answer)
     rates = machine.rates

@@ -74,7 +74,7 @@ def choose(setting: Setting, shape: ModelShape, machine: Machine, work: Workload
 def _predicted(shape: ModelShape, machine: Machine, plan: Plan, work: Workload) -> Prediction | None:
     if not machine.rates.measured:
         return None
-    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype, latent_kv=plan.latent_kv)
     return predict(footprint, plan, machine.rates, work)
 
 

@@ -38,11 +38,14 @@ class ModelShape:
     dtype: str  # of the checkpoint
     weights: int  # all parameters
     expert_weights: int  # those of routed experts
-    kv_per_token: int  # keys and values of one token over all layers, as the engine keeps them
-    latent_kv_per_token: int | None  # what latent attention would need if the latent itself were kept
+    kv_per_token: int  # keys and values of all heads, of one token over all layers
+    latent_kv_per_token: int | None  # of latent attention: latents and their rotary parts
     moe_layers: int  # layers that have routed experts
     attention_width: int  # elements of one layer's queries and attended values of a token, over all heads
     tied_head: bool  # the head multiplies with the embedding's own weights
+    # Of latent attention, else 0:
+    absorbed_width: int = 0  # elements of one layer's queries and attended sums of latents of a token, over all heads
+    key_up_weights: int = 0  # what makes keys of latents, over all layers
 
     @classmethod
     def read(cls, model_uri: str) -> ModelShape:
@@ -79,6 +82,8 @@ class ModelShape:
             moe_layers=len({match[1] for name in tensors if (match := _EXPERTS_OF_LAYER.search(name))}),
             attention_width=_attention_width(text),
             tied_head=not any(name.endswith("lm_head.weight") for name in tensors),
+            absorbed_width=_absorbed_width(text),
+            key_up_weights=_key_up_weights(text),
         )
 
     @property
@@ -263,6 +268,16 @@ def _latent_kv_per_token(text: Any) -> int | None:
     if not getattr(text, "kv_lora_rank", None):
         return None
     return int(text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim))
+
+
+def _absorbed_width(text: Any) -> int:
+    rank = getattr(text, "kv_lora_rank", None)
+    return int(text.num_attention_heads * (2 * rank + text.qk_rope_head_dim)) if rank else 0
+
+
+def _key_up_weights(text: Any) -> int:
+    rank = getattr(text, "kv_lora_rank", None)
+    return int(text.num_hidden_layers * text.num_attention_heads * text.qk_nope_head_dim * rank) if rank else 0
 
 
 def _attention_width(text: Any) -> int:

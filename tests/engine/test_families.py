@@ -101,7 +101,8 @@ def test_family_is_equal_or_refused(family: str) -> None:
     reference = _reference(config)
     engine = _engine(config, reference, verdict.way)
     shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
-    assert ModelShape.of(config, shapes).kv_per_token == _kv_per_token(engine.host)
+    shape = ModelShape.of(config, shapes)
+    assert (shape.latent_kv_per_token or shape.kv_per_token) == _kv_per_token(engine.host)
     prompts = _prompts(config.get_text_config().vocab_size)
     requests = [Request(row, tuple(p), Sampling(max_tokens=ANSWER_TOKENS)) for row, p in enumerate(prompts)]
     finished, _ = run(engine, requests)

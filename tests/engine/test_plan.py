@@ -22,6 +22,10 @@ SHAPE = ModelShape(
     max_position_embeddings=4096, dtype="bfloat16", weights=700_000_000, expert_weights=600_000_000,
     kv_per_token=4096, latent_kv_per_token=None, moe_layers=8, attention_width=2048, tied_head=False,
 )  # fmt: skip
+LATENT = replace(
+    SHAPE, heads=128, kv_per_token=8 * 128 * 320, latent_kv_per_token=8 * 576, attention_width=128 * 320,
+    absorbed_width=128 * (576 + 512), key_up_weights=8 * 128 * 128 * 512,
+)  # fmt: skip
 MACHINE = Machine("cpu", "a processor", 2, 16 << 30, 0, native_bf16=True)
 
 
@@ -104,10 +108,36 @@ def test_threads_are_one_where_there_is_no_work_for_two():
 
 
 def test_explain_says_what_expanded_latent_heads_cost():
-    latent = replace(SHAPE, kv_per_token=8 * 128 * 320, latent_kv_per_token=8 * 576)
-    text = explain(latent, MACHINE, Outlook.of(latent, MACHINE, Engine(), "auto", None))
-    assert f"{8 * 128 * 320 / (8 * 576):.1f} times the latent's" in text
+    expanded = Engine(plan=PlanOverrides(latent_kv=False))
+    text = explain(LATENT, MACHINE, Outlook.of(LATENT, MACHINE, expanded, "auto", None))
+    assert f"640.0 KiB per token, kept as expanded heads: {128 * 320 / 576:.1f} times the latent's 9.0 KiB" in text
     assert "not measured" in text
+    text = explain(LATENT, MACHINE, Outlook.of(LATENT, MACHINE, Engine(), "auto", None))
+    assert "9.0 KiB per token, kept as latents: expanded heads would take 71.1 times that" in text
+
+
+def test_latents_leave_room_for_many_more_sequences():
+    engine = Engine(host_memory="4GiB", plan=PlanOverrides(pass_tokens=1024))
+    heads = replace(engine, plan=replace(engine.plan, latent_kv=False))
+    plans = [choose_plan(LATENT, MACHINE, how) for how in (engine, heads)]
+    assert [plan.latent_kv for plan in plans] == [True, False]
+    for plan, elements in zip(plans, (576, 128 * 320), strict=True):
+        assert plan.host.kv == plan.kv_pages * plan.page_tokens * 8 * elements * 2
+        assert plan.host.used <= 4 << 30
+    assert plans[0].kv_pages > 30 * plans[1].kv_pages
+    assert UNKNOWN.concurrency(plans[0]) > 5 * UNKNOWN.concurrency(plans[1])
+
+
+def test_attention_over_latents_takes_arithmetic_and_not_bytes():
+    plan = choose_plan(LATENT, MACHINE, Engine(host_memory="6GiB"))
+    load = UNKNOWN.steady_pass(plan)
+    flops = 2 * 8 * 128 * (576 + 512) * load.decode_kv_tokens
+    rates = replace(nominal_rates(MACHINE), latent_flops_per_s=2e10)
+    footprint = Footprint(LATENT, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+    assert CostModel(footprint, plan, rates).time(load).terms["decode attention"] == pytest.approx(flops / 2e10)
+    # Not measured: the multiply-adds per second where most heads share keys, here 4 for every 2 bytes.
+    unmeasured = CostModel(footprint, plan, nominal_rates(MACHINE)).time(load)
+    assert unmeasured.terms["decode attention"] == pytest.approx(flops / (4 * 2 * 5e9))
 
 
 def test_experts_that_do_not_fit_are_streamed():

@@ -1,4 +1,4 @@
-"""Where keys and values live: per layer, one tensor of pages for keys and one for values."""
+"""Where keys and values live: per layer, one tensor of pages for keys and one for values, or one for latents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from moegen.ops.host_memory import host_zeros
 from moegen.ops.hosted_attention import HostedAttention
-from moegen.ops.kv_pages import LayerPages
+from moegen.ops.kv_pages import LatentPages, LayerPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,11 @@ class KVShape:
     kv_heads: int
     key_dim: int
     value_dim: int
+    latent: bool = False  # one KV head, whose value is the first `value_dim` elements of its key
 
     @property
     def elements_per_token(self) -> int:
-        return self.kv_heads * (self.key_dim + self.value_dim)
+        return self.kv_heads * (self.key_dim + (0 if self.latent else self.value_dim))
 
 
 class KVPool:
@@ -39,13 +40,14 @@ class KVPool:
     ) -> None:  # fmt: skip
         """`device` has the pages: the host, if `hosted` is given."""
         self.hosted = hosted
-        self.layers = {
-            layer: LayerPages(
-                _pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device),
-                _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device),
-            )
-            for layer, shape in shapes.items()
-        }
+        self.layers = {layer: _layer(shape, pages, page_tokens, dtype, device) for layer, shape in shapes.items()}
+
+
+def _layer(shape: KVShape, pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> LayerPages:
+    keys = _pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device)
+    if shape.latent:
+        return LatentPages.of(keys, shape.value_dim)
+    return LayerPages(keys, _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device))
 
 
 def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

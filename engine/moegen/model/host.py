@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from moegen.memory.kv_pool import KVShape
 from moegen.model.dense import panel_linears
+from moegen.model.latent import keep_latents
 from moegen.model.seams import Done, ExpertStage, Observer, PassContext, Unobserved
 from moegen.model.stages import StagedLayer, has_plain_parts
 from moegen.ops.attention import AttentionRule
@@ -34,6 +35,7 @@ class ModelHost:
         *,
         staged: bool,
         expert_tokens: int,
+        latent_kv: bool = True,
         supplies: Mapping[str, ExpertSupply] | None = None,
         stored_dtype: torch.dtype | None = None,
         observer: Observer | None = None,
@@ -41,6 +43,7 @@ class ModelHost:
         """Takes the model over.
 
         Args:
+            latent_kv: layers with latent attention keep latents; else, as any other, keys and values of all heads.
             supplies: where each experts module, by its name, has its weights from; None: they are in the model.
             stored_dtype: in which linear layers (and experts that are in the model) are kept where the CPU's kernel
                 widens them as it reads; None: the model's.
@@ -53,6 +56,8 @@ class ModelHost:
             if is_experts(module):
                 supply = resident_experts(module, stored) if supplies is None else supplies[name]
                 module.moegen = ExpertStage(name, supply, experts_at_once, self.observer)
+        if latent_kv:
+            keep_latents(model, stored)
         if model.device.type == "cpu" and model.dtype == torch.float32:
             panel_linears(model, stored)
         if staged:
@@ -143,8 +148,8 @@ class _Trace:
         rule: AttentionRule,
     ) -> torch.Tensor:  # fmt: skip
         _, kv_heads, key_dim = key_TGD.shape
-        self.shapes[layer] = KVShape(kv_heads, key_dim, value_TGD.shape[-1])
-        return query_THD.new_zeros(1, query_THD.shape[1], value_TGD.shape[-1])
+        self.shapes[layer] = KVShape(kv_heads, key_dim, value_TGD.shape[-1], latent=rule.latent is not None)
+        return query_THD.new_zeros(1, query_THD.shape[1], rule.value_dim(value_TGD))
 
 
 def stage_layers(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -67,7 +67,7 @@ class PassContext(Protocol):
 def attention(
     module: nn.Module,
     query: torch.Tensor,  # [1, H, T, D]
-    key: torch.Tensor,  # [1, G, T, D]
+    key: torch.Tensor,  # [1, G, T, D], or a latent as `moegen.model.latent` keeps it
     value: torch.Tensor,  # [1, G, T, value_dim]
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
@@ -93,6 +93,12 @@ def attention(
         if option is not None and name not in _HARMLESS:
             raise UnsupportedModel(f"{layer}: attention argument {name!r} is unknown to the engine")
     rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, s_aux, softcap)
+    if (latent := getattr(module, "moegen_latent", None)) is not None:
+        if s_aux is not None or softcap is not None:
+            raise UnsupportedModel(
+                f"{layer}: latent attention with sinks or a soft cap; give engine.plan.latent_kv: false"
+            )
+        rule = replace(rule, latent=latent)
     query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
     return moegen.attend(module, query_THD, key_TGD, value_TGD, rule)[None], None
 

@@ -27,7 +27,7 @@ _SMALL = {  # name: largest value kept
     "moe_topk": 3,
     "moe_k": 3,
     "q_lora_rank": 24,
-    "kv_lora_rank": 16,
+    "kv_lora_rank": 232,  # over half of what a head multiplies, so that prompts expand it and single tokens absorb
     "sliding_window": 4,
     "sliding_window_size": 4,
     "attention_chunk_size": 5,

@@ -5,20 +5,25 @@ Shape suffixes: T tokens of the batch, H query heads, G KV heads, R = H / G quer
 `paged_attention` is the one entry where pages and queries are in the same memory (`moegen.ops.hosted_attention` is that
 where they are not). On a CPU, decode spans (one query) go to a compiled kernel that reads the pages in place; on other
 devices they are gathered and attended many at once; everything else gathers a sequence's pages and uses torch. The
-torch way, sequence by sequence, is the oracle of the others.
+torch way, sequence by sequence, is the oracle of the others. Over latents (`rule.latent`) the same happens with one KV
+head, queries absorbed before and answers lifted after; a prompt's heads may be expanded instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from moegen.ops.decode_kernel import decode_attention, kernel_reads
 from moegen.ops.gathered_decode import gathered_decode
-from moegen.ops.kv_pages import LayerPages
-from moegen.schedule.step import AttentionBatch, Span
+from moegen.ops.kv_pages import LatentPages, LayerPages
+from moegen.ops.latent_heads import LatentHeads
+from moegen.ops.latent_kernel import latent_decode
+from moegen.schedule.step import AttentionBatch, DecodeSpans, Span
 
 # The fp32 score matrix of one sequence is cut by query rows so that it stays near this size.
 _SCORE_ELEMENTS = 1 << 24
@@ -35,12 +40,17 @@ class AttentionRule:
     sliding_window: int | None = None  # a query sees itself and the `sliding_window - 1` tokens before it
     sinks_H: torch.Tensor | None = None  # a learned logit per head that takes part in the softmax with no value
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    latent: LatentHeads | None = None  # keys are latents, of which the heads are made
 
     def first_key(self, query: int, page_tokens: int) -> int:
         """The first token of the earliest page that a query at position `query` can see."""
         if self.sliding_window is None:
             return 0
         return max(query - self.sliding_window + 1, 0) // page_tokens * page_tokens
+
+    def value_dim(self, values: torch.Tensor) -> int:
+        """Of the answers to queries, where `values` are what is kept."""
+        return values.shape[-1] if self.latent is None else self.latent.value_dim
 
 
 def paged_attention(
@@ -52,7 +62,7 @@ def paged_attention(
     use_kernel: bool = True,
 ) -> torch.Tensor:
     """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`."""
-    out_THD = query_THD.new_empty(*query_THD.shape[:2], pages.values_PGCD.shape[-1])
+    out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(pages.values_PGCD))
     reads = kernel_reads(query_THD, pages.keys_PGCD)
     rest = batch.prefill if use_kernel and (reads or query_THD.device.type != "cpu") else batch.spans
     for span in rest:
@@ -62,12 +72,48 @@ def paged_attention(
         out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, rule)
     if rest is batch.spans or not len(batch.decode.rows):
         return out_THD
-    if reads:
-        decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, batch.decode, rule, out_THD)
-    else:
-        page_bytes = pages.keys_PGCD[0].nbytes + pages.values_PGCD[0].nbytes
-        gathered_decode(query_THD, pages.rows, page_bytes, pages.page_tokens, batch.decode, rule, out_THD)
+
+    def decode(query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
+        if reads:
+            kernel_decode(query_THD, pages, spans, rule, out_THD)
+        else:
+            gathered_decode(query_THD, pages.rows, pages.page_bytes, pages.page_tokens, spans, rule, out_THD)
+
+    absorbed_decode(decode, query_THD, pages.keys_PGCD.shape[-1], batch.decode, rule, out_THD)
     return out_THD
+
+
+Decode = Callable[[torch.Tensor, DecodeSpans, AttentionRule, torch.Tensor], None]
+"""Writes the attention of each span's query into its row of the last argument."""
+
+
+def absorbed_decode(
+    decode: Decode, query_THD: torch.Tensor, key_dim: int, spans: DecodeSpans, rule: AttentionRule,
+    out_THD: torch.Tensor,
+) -> None:  # fmt: skip
+    """`decode` itself, or over latents `key_dim` wide: some spans at a time, absorbed for it and lifted after it."""
+    if rule.latent is None:
+        return decode(query_THD, spans, rule, out_THD)
+    plain = replace(rule, latent=None)
+    some = rule.latent.absorbed(len(spans.rows), key_dim)
+    for first in range(0, len(spans.rows), some):
+        part = spans.part(first, min(first + some, len(spans.rows)))
+        rows_S = torch.from_numpy(part.rows).to(query_THD.device)
+        query_SHW = rule.latent.absorb(query_THD[rows_S])
+        latent_SHR = query_SHW.new_empty(*query_SHW.shape[:2], rule.latent.rank)
+        decode(query_SHW, replace(part, rows=np.arange(len(part.rows))), plain, latent_SHR)
+        out_THD[rows_S] = rule.latent.lift(latent_SHR).to(out_THD.dtype)
+    return None
+
+
+def kernel_decode(
+    query_THD: torch.Tensor, pages: LayerPages, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor
+) -> None:
+    """By the host's compiled kernel for these pages; queries over latents are absorbed."""
+    if isinstance(pages, LatentPages):
+        latent_decode(query_THD, pages.keys_PGCD, spans, rule, out_THD)
+    else:
+        decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, spans, rule, out_THD)
 
 
 def span_attention(
@@ -75,6 +121,11 @@ def span_attention(
     rule: AttentionRule,
 ) -> torch.Tensor:  # fmt: skip
     """Attention of one span over its sequence's keys from token `first` to the span's last -> `[T, H, value_dim]`."""
+    if rule.latent is not None:
+        plain_rule = replace(rule, latent=None)
+        return rule.latent.attend_span(
+            query_THD, keys_GLD[0].to(query_THD), lambda q, k, v: span_attention(q, k, v, first, span, plain_rule)
+        )
     position = span.kv_length - span.length  # of the span's first query
     keys_GLD, values_GLD = keys_GLD.to(query_THD), values_GLD.to(query_THD)
     plain = rule.sinks_H is None and rule.softcap is None

@@ -14,12 +14,13 @@ Shape suffixes as in `moegen.ops.attention`; S decode spans.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from moegen.ops.attention import AttentionRule, span_attention
-from moegen.ops.decode_kernel import KV_DTYPES, decode_attention
+from moegen.ops.attention import AttentionRule, absorbed_decode, kernel_decode, span_attention
+from moegen.ops.decode_kernel import KV_DTYPES
 from moegen.ops.gathered_decode import gathered_decode
 from moegen.ops.kv_pages import LayerPages
 from moegen.ops.link import Link
@@ -43,18 +44,18 @@ class HostedAttention:
         """Writes the batch's keys and values into `pages` and answers its queries, `[T, H, value_dim]`."""
         on_host = self.on_host if pages.keys_PGCD.dtype in KV_DTYPES else 0.0
         here, there = _split(batch.decode, on_host)
-        keys_TGD, values_TGD = key_TGD.to(pages.keys_PGCD.dtype), value_TGD.to(pages.values_PGCD.dtype)
-        query_SHD = query_THD[torch.from_numpy(here.rows).to(query_THD.device)]
+        new = [part.to(pages.keys_PGCD.dtype) for part in pages.kept(key_TGD, value_TGD)]
+        rows_S = torch.from_numpy(here.rows).to(query_THD.device)
+        query_SHD = query_THD[rows_S] if rule.latent is None else rule.latent.absorb(query_THD[rows_S])
         sinks = [] if rule.sinks_H is None else [rule.sinks_H]
-        own_keys, own_values, query_SHD, *sinks = self.link.to_host(keys_TGD, values_TGD, query_SHD, *sinks)
-        pages.write(own_keys, own_values, batch)
-        out_THD = query_THD.new_empty(*query_THD.shape[:2], value_TGD.shape[-1])
-        self._attend_there(query_THD, keys_TGD, values_TGD, pages, batch.prefill, there, rule, out_THD)
+        *own, query_SHD = self.link.to_host(*sinks, *new, query_SHD)
+        host_rule = replace(rule, latent=None, sinks_H=own.pop(0) if sinks else None)
+        pages.write(*pages.pair(own), batch)
+        out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(value_TGD))
+        self._attend_there(query_THD, *pages.pair(new), pages, batch.prefill, there, rule, out_THD)
         if len(here.rows):
-            host_rule = replace(rule, sinks_H=sinks[0]) if sinks else rule
-            answer_SHD = self._attend_here(query_SHD, pages, here, host_rule)
-            rows_S = torch.from_numpy(here.rows).to(out_THD.device)
-            out_THD[rows_S] = self.link.to_device(answer_SHD).to(out_THD.dtype)
+            answer_SHD = self.link.to_device(self._attend_here(query_SHD, pages, here, host_rule)).to(out_THD.dtype)
+            out_THD[rows_S] = answer_SHD if rule.latent is None else rule.latent.lift(answer_SHD).to(out_THD.dtype)
         return out_THD
 
     def _attend_there(
@@ -70,11 +71,14 @@ class HostedAttention:
                 first = rule.first_key(span.kv_length - span.length, pages.page_tokens)
                 keys_GLD, values_GLD = self._brought(pages, span, first)
             out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, rule)
-        if len(decode.rows):
-            page_bytes = pages.keys_PGCD[0].nbytes + pages.values_PGCD[0].nbytes
-            gathered_decode(
-                query_THD, lambda ids: self._pages(pages, ids), page_bytes, pages.page_tokens, decode, rule, out_THD
-            )
+        if not len(decode.rows):
+            return
+
+        def gathered(query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
+            ask = partial(self._pages, pages)
+            gathered_decode(query_THD, ask, pages.page_bytes, pages.page_tokens, spans, rule, out_THD)
+
+        absorbed_decode(gathered, query_THD, pages.keys_PGCD.shape[-1], decode, rule, out_THD)
 
     def _attend_here(
         self, query_SHD: torch.Tensor, pages: LayerPages, decode: DecodeSpans, rule: AttentionRule
@@ -82,12 +86,11 @@ class HostedAttention:
         """In float32, row after row of `query_SHD`."""
         answer_SHD = torch.empty(*query_SHD.shape[:2], pages.values_PGCD.shape[-1])
         spans = replace(decode, rows=np.arange(len(decode.rows)))
-        decode_attention(query_SHD, pages.keys_PGCD, pages.values_PGCD, spans, rule, answer_SHD)
+        kernel_decode(query_SHD, pages, spans, rule, answer_SHD)
         return answer_SHD
 
     def _pages(self, pages: LayerPages, ids_N: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-        keys_NGCD, values_NGCD = self.link.rows_to_device((pages.keys_PGCD, pages.values_PGCD), ids_N)
-        return keys_NGCD, values_NGCD
+        return pages.pair(self.link.rows_to_device(pages.tables, ids_N))
 
     def _brought(self, pages: LayerPages, span: Span, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a sequence from token `first` (a page's first) on, `[G, L, D]` on the device."""
@@ -100,14 +103,4 @@ def _split(spans: DecodeSpans, share: float) -> tuple[DecodeSpans, DecodeSpans]:
     """The first spans, which together have about this share of all keys, and the others."""
     ends = np.cumsum(spans.kv_lengths)
     count = int(np.searchsorted(ends - spans.kv_lengths / 2, share * ends[-1], side="right")) if len(ends) else 0
-    return _part(spans, 0, count), _part(spans, count, len(ends))
-
-
-def _part(spans: DecodeSpans, first: int, end: int) -> DecodeSpans:
-    starts = spans.page_starts[first : end + 1]
-    return DecodeSpans(
-        spans.rows[first:end],
-        spans.kv_lengths[first:end],
-        starts - starts[0],
-        spans.page_ids[starts[0] : starts[-1]],
-    )
+    return spans.part(0, count), spans.part(count, len(ends))

@@ -60,7 +60,7 @@ class CostModel:
         return self._on_cpu(load) if self.plan.device == "cpu" else self._on_gpu(load)
 
     def _on_cpu(self, load: Load) -> PassTime:
-        terms = {**self._arithmetic(load), "decode attention": self._decode_bytes(load) / self._decode_rate(load)}
+        terms = {**self._arithmetic(load), "decode attention": self._host_decode_seconds(load)}
         streamed = self._bytes_of_groups(load, self.plan.streamed_groups)
         disk = streamed / self._disk_rate
         place_rate = self.rates.place_bytes_per_s
@@ -84,10 +84,11 @@ class CostModel:
         sides = {
             "link": (streamed + self._attention_traffic(load)) / (rates.h2d_bytes_per_s or np.inf)
             + gathered / (rates.gather_bytes_per_s or rates.h2d_bytes_per_s or np.inf),
-            "host attention": host_kv / self._decode_rate(load),
+            "host attention": on_host * self._host_decode_seconds(load),
             "DRAM": (streamed + host_kv + gathered) / (rates.dram_read_bytes_per_s or np.inf),
             "disk": streamed * plan.disk_groups / max(plan.streamed_groups, 1) / self._disk_rate,
-            "device": sum(device.values(), device_kv / (rates.device_decode_bytes_per_s or np.inf)),
+            "device": sum(device.values(), device_kv / (rates.device_decode_bytes_per_s or np.inf))
+            + (1 - on_host) * self._latent_flops(load) / max(self._linear(1 << 24).values()),
         }
         return PassTime(np.maximum.reduce(list(sides.values())), sides)
 
@@ -119,6 +120,17 @@ class CostModel:
         flops = 2 * pairs * shape.moe_layers * self.footprint.expert_elements
         return flops / at(self._expert_curve, pairs / shape.experts)
 
+    def _host_decode_seconds(self, load: Load) -> Floats:
+        """Of all decode attention, by the host's cores: arithmetic binds over latents, which all heads share."""
+        if self.footprint.latent:
+            return self._latent_flops(load) / latent_flops_per_s(self.rates)
+        return self._decode_bytes(load) / self._decode_rate(load)
+
+    def _latent_flops(self, load: Load) -> Floats:
+        """Of decode attention with absorbed queries: a multiply and an add per pair and element, of keys and values."""
+        width = self.shape.absorbed_width if self.footprint.latent else 0
+        return 2 * self.shape.layers * width * load.decode_kv_tokens
+
     def _decode_bytes(self, load: Load) -> Floats:
         return load.decode_kv_tokens * self.footprint.page(1)
 
@@ -130,7 +142,8 @@ class CostModel:
     def _attention_traffic(self, load: Load) -> Floats:
         """Keys and values that go home to the host, queries and answers of what the host's cores attend."""
         written = load.tokens * self.footprint.page(1) if self.plan.kv_home == "host" else 0 * load.tokens
-        attended = load.decode_sequences * self.shape.layers * self.shape.attention_width
+        width = self.shape.absorbed_width if self.footprint.latent else self.shape.attention_width
+        attended = load.decode_sequences * self.shape.layers * width
         return written + attended * DTYPE_BYTES[self.plan.compute_dtype] * self.plan.attention_on_host
 
     def _bytes_of_groups(self, load: Load, groups: int) -> Floats:
@@ -175,6 +188,17 @@ class CostModel:
         """Infinite where nothing was measured: then nothing else says that the disk binds."""
         rates = self.rates.disk_bytes_per_s
         return float(at(rates, max(self.plan.reader_threads, 1))) if rates else np.inf
+
+
+def latent_flops_per_s(rates: Rates) -> float:
+    """Of the host's decode attention over latents; where it was not measured, what it does where heads share keys most.
+
+    That was measured over bfloat16 keys and values: with r query heads per KV head, r multiply-adds for every 2 bytes.
+    """
+    if rates.latent_flops_per_s is not None:
+        return rates.latent_flops_per_s
+    shared = max(rates.decode_bytes_per_s)
+    return shared * max(rates.decode_bytes_per_s[shared].values())
 
 
 def balanced_attention(footprint: Footprint, plan: Plan, rates: Rates, load: Load) -> float:

@@ -23,13 +23,18 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
     lines = [
         f"model     {shape.model_type}: {shape.layers} layers, {moe}, {shape.weights / 1e6:,.1f} M parameters, "
         f"{shape.active_weights / 1e6:,.1f} M active, stored as {shape.dtype}",
-        f"KV        {format_bytes(shape.kv_per_token * DTYPE_BYTES[plan.kv_dtype])} per token",
     ]
-    if shape.latent_kv_per_token is not None:
-        ratio = shape.kv_per_token / shape.latent_kv_per_token
-        latent = format_bytes(shape.latent_kv_per_token * DTYPE_BYTES[plan.kv_dtype])
-        lines.append(f"          kept as expanded heads: {ratio:.1f} times the latent's {latent} per token")
-    return lines
+    heads = format_bytes(shape.kv_per_token * DTYPE_BYTES[plan.kv_dtype])
+    if shape.latent_kv_per_token is None:
+        return [*lines, f"KV        {heads} per token"]
+    ratio = shape.kv_per_token / shape.latent_kv_per_token
+    latent = format_bytes(shape.latent_kv_per_token * DTYPE_BYTES[plan.kv_dtype])
+    if plan.latent_kv:
+        return [
+            *lines,
+            f"KV        {latent} per token, kept as latents: expanded heads would take {ratio:.1f} times that",
+        ]
+    return [*lines, f"KV        {heads} per token, kept as expanded heads: {ratio:.1f} times the latent's {latent}"]
 
 
 def _machine(machine: Machine) -> list[str]:

@@ -11,6 +11,7 @@ from moegen.shape import DTYPE_BYTES, ModelShape
 _GROUP_BYTES = (16 << 20, 100 << 20)
 _GROUPS_OF_A_LAYER = 16
 _LOGIT_BYTES = 128 << 20
+_LATENT_BYTES = 128 << 20  # of queries absorbed or heads expanded at once, with their answers
 _TOKENIZER_BYTES = 512  # per entry of the vocabulary: strings, ids and merges
 
 
@@ -23,12 +24,25 @@ class Footprint:
     expert_dtype: str
     kv_dtype: str
     fixed_group_experts: int | None = None  # named by the job
+    latent_kv: bool = True  # as in the plan
+
+    @property
+    def latent(self) -> bool:
+        """Whether pages have latents: the model has them, and they are kept."""
+        return self.latent_kv and self.shape.latent_kv_per_token is not None
+
+    @property
+    def kv_per_token(self) -> int:
+        """Elements that one token keeps over all layers."""
+        return (self.shape.latent_kv_per_token if self.latent else None) or self.shape.kv_per_token
 
     @property
     def dense(self) -> int:
         """Weights outside the experts: linear layers as experts are kept, embeddings in the dtype of arithmetic."""
         embedding = self.shape.vocab_size * self.shape.hidden_size
         linear = self.shape.weights - self.shape.expert_weights - embedding
+        if self.latent and self.compute_dtype == "float32":
+            linear += self.shape.key_up_weights  # in a second layout, to be absorbed
         return linear * DTYPE_BYTES[self.expert_dtype] + embedding * DTYPE_BYTES[self.compute_dtype]
 
     @property
@@ -74,7 +88,7 @@ class Footprint:
         return self.shape.moe_layers * min(count * self.group_experts, self.shape.experts) * self.expert
 
     def page(self, page_tokens: int) -> int:
-        return self.shape.kv_per_token * DTYPE_BYTES[self.kv_dtype] * page_tokens
+        return self.kv_per_token * DTYPE_BYTES[self.kv_dtype] * page_tokens
 
     @property
     def logit_tokens(self) -> int:
@@ -86,6 +100,8 @@ class Footprint:
         shape = self.shape
         whole = pass_tokens * (6 * shape.hidden_size + 2 * shape.experts)
         attention = attention_tokens * (3 * shape.attention_width + 2 * shape.hidden_size)
+        if self.latent:  # absorbed or expanded, some at a time
+            attention += min(3 * attention_tokens * shape.absorbed_width, _LATENT_BYTES // 4)
         experts = expert_tokens * (2 * shape.hidden_size + 3 * self.expert_width)
         logits = 3 * min(pass_tokens, self.logit_tokens) * shape.vocab_size
         return 4 * (whole + max(attention, experts, logits))

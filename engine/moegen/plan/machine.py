@@ -35,6 +35,7 @@ class Rates:
     # the whole expert stage: {expert dtype: {elements of an expert: {rows per expert: FLOP/s}}}
     decode_bytes_per_s: Surface = field(default_factory=dict)
     # decode attention: {query heads per KV head: {KV bytes of a sequence and KV head: bytes/s}}
+    latent_flops_per_s: float | None = None  # decode attention over latents on the host, all heads of a DeepSeek-V3
     prefill_flops_per_s: Curve = field(default_factory=dict)  # {tokens of a prompt's chunk: FLOP/s}
     disk_bytes_per_s: Curve = field(default_factory=dict)  # {reader threads: bytes/s}
     place_bytes_per_s: float | None = None  # what one core packs of weights that were read

@@ -59,7 +59,7 @@ class Outlook:
 
 
 def _predicted(shape: ModelShape, machine: Machine, plan: Plan, workload: Workload) -> Prediction:
-    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype, latent_kv=plan.latent_kv)
     return predict(footprint, plan, machine.rates, workload)
 
 

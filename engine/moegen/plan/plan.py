@@ -62,6 +62,7 @@ class Plan:
     host: MemoryUse
     device_memory: MemoryUse  # all 0 on a CPU device
     prefix_tokens: int = 0  # that nearly all prompts begin with, in whole pages: computed once, shared by all rows
+    latent_kv: bool = True  # layers with latent attention keep latents; else keys and values of all heads
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -94,6 +94,7 @@ class _Search:
             expert_dtype=_expert_dtype(shape, machine, model_dtype, compute_dtype),
             kv_dtype=model_dtype,
             fixed_group_experts=engine.plan.group_experts,
+            latent_kv=engine.plan.latent_kv,
         )
         return cls(footprint, machine, engine, workload, streamable, host, device)
 
@@ -212,6 +213,7 @@ class _Search:
             host=host,
             device_memory=device,
             prefix_tokens=self._prefix_tokens(fixed.page_tokens or _PAGE_TOKENS),
+            latent_kv=footprint.latent_kv,
         )
 
     def _prefix_tokens(self, page_tokens: int) -> int:

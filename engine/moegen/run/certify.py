@@ -38,8 +38,8 @@ _PROMPTS, _ANSWERS = (1, 9, 3, 17, 6, 12), (14, 3, 9, 5, 12, 1)  # tokens of the
 _PAGE_TOKENS, _PAGES, _PASS_TOKENS, _ATTENTION_TOKENS, _EXPERT_TOKENS, _LOGIT_TOKENS = 4, 15, 11, 5, 7, 6
 
 
-def certify(config: PreTrainedConfig) -> Way:
-    """How the engine may run models of this config.
+def certify(config: PreTrainedConfig, *, latent_kv: bool = True) -> Way:
+    """How the engine may run models of this config; `latent_kv` as in the plan.
 
     Raises:
         UnsupportedModel: naming the layer or the reason.
@@ -58,7 +58,8 @@ def certify(config: PreTrainedConfig) -> Way:
     reasons: dict[Way, str] = {}
     for way in _WAYS:
         try:
-            difference = logit_difference(engine_model(reference, staged=way == "staged"), reference)
+            host = engine_model(reference, staged=way == "staged", latent_kv=latent_kv)
+            difference = logit_difference(host, reference)
         except _StateBesideAttention as error:
             raise UnsupportedModel(f"{family}: {error}") from error
         except UnsupportedModel as error:
@@ -68,9 +69,21 @@ def certify(config: PreTrainedConfig) -> Way:
             reasons[way] = f"they do not run over the engine's pages: {_brief(error)}"
             continue
         if difference <= TOLERANCE:
+            if latent_kv:
+                _require_latents(host, family)
             return way
         reasons[way] = f"logits differ by {difference:.0e} of the largest"
     raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({reasons['seams']})")
+
+
+def _require_latents(host: ModelHost, family: str) -> None:
+    """The planner, which sees no code, has counted on latents wherever a config has their rank."""
+    rank = getattr(host.model.config.get_text_config(), "kv_lora_rank", None)
+    if rank and not any(shape.latent for shape in host.kv_shapes.values()):
+        raise UnsupportedModel(
+            f"{family}: layers of type {', '.join(_mixer_names(host.model))} are not made of the known parts of latent "
+            "attention; give engine.plan.latent_kv: false to keep the keys and values of all heads"
+        )
 
 
 class _StateBesideAttention(Exception):
@@ -83,7 +96,7 @@ def tiny_reference(config: PreTrainedConfig, full: PreTrainedModel | None = None
     `full` is the model of `config` on the meta device, for whoever has it.
     """
     layers = decoder_layers(_full_model(config) if full is None else full)
-    return _random_model(tiny_config(config, layers_of_every_kind(layers)))
+    return random_model(tiny_config(config, layers_of_every_kind(layers)))
 
 
 def _full_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -124,7 +137,7 @@ def _require_attention_everywhere(host: ModelHost) -> None:
             raise _StateBesideAttention(f"layer type {mixers} keeps state beside attention's keys and values")
 
 
-def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Weights large enough that every path matters: fan-in scaled matrices, perturbed vectors and buffers.
 
     But no larger: they amplify rounding, also that of transformers' own forward, layer after layer.
@@ -163,13 +176,18 @@ def _expected_logits(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def engine_model(
-    reference: PreTrainedModel, *, staged: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+    reference: PreTrainedModel,
+    *,
+    staged: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    latent_kv: bool = True,
 ) -> ModelHost:
     """The reference's weights in the engine's hands."""
     own = copy.deepcopy(reference.config)  # from_config writes the seams' names into it: not into the reference's
     model = AutoModelForCausalLM.from_config(own, dtype=dtype, **SEAMS)
     model.load_state_dict(reference.state_dict())
-    return ModelHost(model.to(device), staged=staged, expert_tokens=_EXPERT_TOKENS)
+    return ModelHost(model.to(device), staged=staged, expert_tokens=_EXPERT_TOKENS, latent_kv=latent_kv)
 
 
 def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float | None = None) -> float:

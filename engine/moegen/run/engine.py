@@ -83,7 +83,7 @@ class Engine:
         started = time.monotonic()
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
-        way = certify(read_config(model_uri))
+        way = certify(read_config(model_uri), latent_kv=plan.latent_kv)
         with ExitStack() as stack:
             folder = stack.enter_context(local_checkpoint(model_uri))
             engine = cls.load(folder, plan, staged=way == "staged", tokenizer=tokenizer)
@@ -123,6 +123,7 @@ class Engine:
                 model,
                 staged=staged,
                 expert_tokens=plan.expert_tokens,
+                latent_kv=plan.latent_kv,
                 supplies={layer: StreamedExperts(stream, pieces) for layer, pieces in homes.pieces.items()},
                 stored_dtype=expert_dtype,
                 observer=recorder,

@@ -17,7 +17,7 @@ from moegen.memory.kv_pool import KVPool, KVShape
 from moegen.model.dense import PanelLinear
 from moegen.model.host import ModelHost, is_experts
 from moegen.model.seams import SEAMS
-from moegen.ops.attention import AttentionRule, paged_attention
+from moegen.ops.attention import AttentionRule, kernel_decode, paged_attention
 from moegen.ops.expert_weights import ExpertGroup, ResidentExperts, expert_matrix
 from moegen.ops.sampling import sample
 from moegen.plan.cost import CostModel
@@ -30,7 +30,7 @@ from moegen.run.engine import Engine
 from moegen.run.stats import PassReport
 from moegen.run.timing import best_seconds
 from moegen.schedule.sequence import Request, Sequence
-from moegen.schedule.step import Chunk, Step
+from moegen.schedule.step import Chunk, DecodeSpans, Step
 from moegen.shape import ModelShape
 from moegen.spec import Sampling
 
@@ -44,6 +44,7 @@ _EXPERTS = ({"hidden_size": 1024, "moe_intermediate_size": 384, "num_experts": 6
             {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 128},
             {"hidden_size": 2048, "moe_intermediate_size": 1024, "num_experts": 8})  # fmt: skip
 _PAGE_TOKENS, _HEAD_DIM, _KV_HEADS = 32, 128, 4
+_LATENT, _LATENT_HEADS = KVShape(1, 512 + 64, 512, latent=True), 128
 _VOCAB_SIZE = 16_384
 _SAMPLED = Sampling(max_tokens=1 << 20)
 
@@ -135,6 +136,23 @@ def decode_bytes_per_s(dtype: torch.dtype) -> dict[int, dict[int, float]]:
             seconds = _attention_seconds(chunks, group, dtype, torch.float32, device)
             curve[context * token_bytes] = sequences * context * token_bytes * _KV_HEADS / seconds
     return surface
+
+
+@torch.inference_mode()
+def latent_flops_per_s(dtype: torch.dtype) -> float:
+    """Decode attention over latents on the host, by as many heads of the size as a DeepSeek-V3 has."""
+    context, sequences = 512, 8
+    pages = KVPool({0: _LATENT}, sequences * context // _PAGE_TOKENS, _PAGE_TOKENS, dtype, torch.device("cpu")).layers[
+        0
+    ]
+    ids = np.arange(sequences * context // _PAGE_TOKENS)
+    starts = np.arange(sequences + 1) * (context // _PAGE_TOKENS)
+    spans = DecodeSpans(np.arange(sequences), np.full(sequences, context), starts, ids)
+    query_SHW = torch.zeros(sequences, _LATENT_HEADS, _LATENT.key_dim)
+    out_SHR = torch.empty(sequences, _LATENT_HEADS, _LATENT.value_dim)
+    rule = AttentionRule(_HEAD_DIM**-0.5)
+    seconds = best_seconds(lambda: kernel_decode(query_SHW, pages, spans, rule, out_SHR), torch.device("cpu"))
+    return 2 * _LATENT_HEADS * (_LATENT.key_dim + _LATENT.value_dim) * sequences * context / seconds
 
 
 @torch.inference_mode()

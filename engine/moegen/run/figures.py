@@ -62,7 +62,8 @@ class Yardstick:
     def footprint(self) -> Footprint:
         """The model's pieces as the plan keeps them."""
         plan = self.plan
-        return Footprint(self.shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype, plan.group_experts or None)
+        groups = plan.group_experts or None
+        return Footprint(self.shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype, groups, plan.latent_kv)
 
     @property
     def peak_flops_per_s(self) -> float | None:
@@ -80,7 +81,7 @@ class Yardstick:
 
     def flops(self, span: Span) -> float | None:
         """A multiply and an add per activated parameter and per element that attention pairs; the head runs for
-        sampled tokens only. Layers with a sliding window count as if they had none.
+        sampled tokens only. Layers with a sliding window count as if they had none, latents as expanded heads.
         """
         if span.attended_pairs is None:
             return None
@@ -98,7 +99,7 @@ class Yardstick:
             return None
         near = "dram" if self.plan.device == "cpu" else "device"
         experts = span.active_experts * self.footprint.expert
-        kv = span.kv_tokens * self.shape.kv_per_token * DTYPE_BYTES[self.plan.kv_dtype]
+        kv = span.kv_tokens * self.footprint.page(1)
         needed = {near: span.passes * self._dense_bytes + experts * self._share(self.plan.resident_groups)}
         needed["link"] = experts * self._share(self.plan.host_groups)
         needed["disk"] = experts * self._share(self.plan.disk_groups)

@@ -57,7 +57,9 @@ def _host_rates(rates: Rates, model_uri: str | None) -> Rates:
     with _measuring("the placing of expert weights"):
         rates = replace(rates, place_bytes_per_s=machine_rates.place_bytes_per_s(_STORED))
     with _measuring("decode attention on the host"):
-        return replace(rates, decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED))
+        rates = replace(rates, decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED))
+    with _measuring("decode attention over latents on the host"):
+        return replace(rates, latent_flops_per_s=engine_rates.latent_flops_per_s(_STORED))
 
 
 def _device_rates(where: torch.device, compute: torch.dtype) -> dict[str, Any]:

@@ -58,6 +58,16 @@ class DecodeSpans:
             np.array([page for span in spans for page in span.pages], np.int64),
         )
 
+    def part(self, first: int, end: int) -> DecodeSpans:
+        """Spans `first` to before `end`."""
+        starts = self.page_starts[first : end + 1]
+        return DecodeSpans(
+            self.rows[first:end],
+            self.kv_lengths[first:end],
+            starts - starts[0],
+            self.page_ids[starts[0] : starts[-1]],
+        )
+
 
 @dataclass(frozen=True)  # without slots: every layer asks for the same cached arrays
 class AttentionBatch:
