@@ -169,9 +169,9 @@ class _Format:
             raise UnsupportedModel(f"{name} in {stored.uri} is stored as {stored.dtype}; {', '.join(dtypes)} are read")
         return stored
 
-    def require_group(self, group: int, inputs: int, name: str) -> int:
+    def require_group(self, group: int | None, inputs: int, name: str) -> int:
         """`group`, or all inputs."""
-        if group in (-1, None) or group >= inputs:
+        if group is None or group == -1 or group >= inputs:
             return WHOLE_INPUTS
         if group % _GROUP_MULTIPLE:
             uri = self.stored[name].uri
@@ -259,12 +259,16 @@ class _CompressedTensors(_Format):
         widths = {(args.get("num_bits"), args.get("type", "int")) for args in weights}
         if not widths or not widths <= {(4, "int"), (8, "int"), (8, "float")}:
             raise self.settings_error("config_groups", "weights of 4 or 8 bits are read")
-        packed = [bits for bits, kind in widths if kind == "int"]
-        if len(packed) > 1:
-            raise self.settings_error("config_groups", "packed weights must be of one width")
+        sizes = {args.get("group_size") for args in weights if args.get("strategy") == "group"}
+        packed = {bits for bits, kind in widths if kind == "int"}
+        if len(packed) > 1 or len(sizes) > 1:
+            raise self.settings_error("config_groups", "weights of one width and one group size are read")
+        if any(args.get("strategy", "channel") not in ("group", "channel", "tensor") for args in weights):
+            raise self.settings_error("config_groups", "scales for a group, a channel or a tensor are read")
         if any(args.get("actorder") == "group" for args in weights):
             raise self.settings_error("config_groups", "groups in order of activation (actorder) are not read")
-        self.bits = packed[0] if packed else 8
+        self.bits = packed.pop() if packed else 8
+        self.group_size = sizes.pop() if sizes else None
         self.symmetric = all(args.get("symmetric", True) for args in weights)
 
     def is_coded(self, name: str) -> bool:
@@ -280,9 +284,7 @@ class _CompressedTensors(_Format):
         outputs, width = stored.shape
         inputs, kind, zero = self._codes(name, width)
         scale_name = f"{base}.weight_scale"
-        found = self.stored.get(scale_name)
-        groups = found.shape[-1] if found is not None and len(found.shape) == 2 and found.shape[-1] else 1
-        group = self.require_group(inputs // groups, inputs, scale_name) if inputs % groups == 0 else WHOLE_INPUTS
+        group = self.require_group(self.group_size if kind != "fp8_e4m3" else None, inputs, name)
         wanted = (outputs, -(-inputs // group))
         singles: tuple[tuple[int, ...], ...] = ((outputs,), (), (1,), (1, 1))
         scales = self.part(scale_name, name, (wanted, *(singles if wanted[1] == 1 else ())), _FLOATS)
