@@ -16,7 +16,7 @@ import moegen_airflow
 ENGINE, PROVIDER = Path(moegen.__file__).parent, Path(moegen_airflow.__file__).parent
 FLOORS = {
     0: ("errors", "units", "spec", "row"),
-    1: ("answer", "shape", "plan", "schedule", "storage", "table", "text"),
+    1: ("answer", "coding", "shape", "plan", "schedule", "storage", "table", "text"),
     2: ("ops",),
     3: ("model", "memory"),
     4: ("run",),

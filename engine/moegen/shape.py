@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from moegen.coding import CodedTensor, coded_tensors, logical_tensors
 from moegen.errors import CheckpointError, InputError, SpecError, UnsupportedModel
@@ -44,8 +44,10 @@ class ModelShape:
     moe_layers: int  # layers that have routed experts
     attention_width: int  # elements of one layer's queries and attended values of a token, over all heads
     tied_head: bool  # the head multiplies with the embedding's own weights
-    stored_format: str | None = None  # of experts in few bits: fp8, mxfp4, int4, ...; None: of `dtype`
-    expert_stored_bytes: int | None = None  # of experts in few bits, scales and zeros included
+    stored_format: str | None = None  # of experts in few bits on disk: fp8, mxfp4, int4, ...; None: of `dtype`
+    expert_stored_bytes: int | None = None  # of experts in few bits on disk, scales and zeros included
+    coded_dense_weights: int = 0  # weights outside the experts that are in few bits on disk: expanded when loaded
+    kept_as: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become in memory
 
     @classmethod
     def read(cls, model_uri: str) -> ModelShape:
@@ -59,10 +61,36 @@ class ModelShape:
         tensors = model_tensors(model_uri)
         shapes = {name: t.parameter_shape if isinstance(t, CodedTensor) else t.shape for name, t in tensors.items()}
         coded = [tensor for name, tensor in coded_tensors(tensors) if _is_expert(name)]
-        if not coded:
-            return cls.of(config, shapes)
         stored_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if _is_expert(name))
-        return replace(cls.of(config, shapes), stored_format=coded[0].coding.format, expert_stored_bytes=stored_bytes)
+        return replace(
+            cls.of(config, shapes),
+            stored_format=coded[0].coding.format if coded else None,
+            expert_stored_bytes=stored_bytes if coded else None,
+            coded_dense_weights=sum(_product(t.shape) for name, t in coded_tensors(tensors) if not _is_expert(name)),
+        )
+
+    def kept(self, weights: Literal["as_stored", "int8", "fp8"]) -> ModelShape:
+        """The same with its experts as `model.weights` wants them in memory.
+
+        Raises:
+            SpecError: they are in few bits already.
+        """
+        if weights != "as_stored" and self.stored_format is not None:
+            raise SpecError(
+                f"model.weights: {weights!r} cannot be made of experts that are stored as {self.stored_format}; "
+                "leave it out, or give the model's float32, bfloat16 or float16 checkpoint"
+            )
+        return replace(self, kept_as=weights)
+
+    def stored_in(self, bits: int) -> ModelShape:
+        """The same model with its experts stored in so many bits, with a scale of two bytes for 64 weights."""
+        stored = int(self.expert_weights * (bits / 8 + 2 / 64))
+        return replace(self, stored_format=f"int{bits}", expert_stored_bytes=stored)
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether experts are codes and scales in memory."""
+        return self.stored_format is not None or self.kept_as != "as_stored"
 
     @classmethod
     def of(cls, config: Any, tensors: dict[str, tuple[int, ...]]) -> ModelShape:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,23 @@ from moegen.errors import CheckpointError, UnsupportedModel
 from moegen.memory.checkpoint import Checkpoint
 from moegen.ops.coded_matrix import CodedMatrix
 from moegen.ops.expert_kernel import PANEL
+from moegen.plan.explain import explain
+from moegen.plan.footprint import Footprint
+from moegen.plan.outlook import Outlook
+from moegen.plan.search import choose_plan
+from moegen.plan.workload import Workload
 from moegen.run.certify import logit_difference
 from moegen.run.engine import Engine
 from moegen.shape import ModelShape, model_tensors
+from moegen.spec import Engine as EngineSpec
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from benchmarks.stored_checkpoint import formats, mxfp4, rewrite
 from tests.engine.parts import plan
+from tests.engine.test_plan import MACHINE
+from tests.engine.test_predict import RATES, SHAPE
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -276,3 +285,37 @@ def test_formats_that_are_not_read_are_refused(
     _edit_config(folder, {"quantization_config": config})
     with pytest.raises(UnsupportedModel, match=told):
         ModelShape.read(str(folder))
+
+
+# Plans --------------------------------------------------------------------------------------------------------------
+
+WORKLOAD = Workload.of(2_000, [300], [32])
+BUDGET = EngineSpec(host_memory="2GiB")
+
+
+def test_a_plan_counts_what_is_stored_and_what_is_expanded(folders: dict[str, tuple[Path, Path | None]]) -> None:
+    shape = ModelShape.read(str(folders["int4"][0]))
+    assert (shape.stored_format, shape.expert_weights) == ("int4", 2 * 4 * 3 * 256 * 128)
+    chosen = choose_plan(shape, MACHINE, BUDGET)
+    footprint = Footprint(shape, chosen.compute_dtype, chosen.expert_dtype, chosen.kv_dtype)
+    stored = 3 * (256 * 128 // 2 + 256 * 128 // 64 * 2)
+    assert stored <= footprint.expert_stored <= stored + 3 * 16, "codes, scales and shapes"
+    assert chosen.compute_dtype == "float32"
+    with Engine.load(folders["int4"][0], replace(chosen, threads=1), staged=True, tokenizer=None) as engine:
+        supply = next(m.moegen.supply for m in engine.host.model.modules() if hasattr(m, "moegen"))
+        (group,) = supply.lend([1] * 4)
+        assert group.nbytes <= 4 * footprint.expert
+    told = explain(shape, MACHINE, Outlook.of(shape, MACHINE, BUDGET, "auto", None))
+    assert "as stored (int4)" in told
+    assert "expanded to float32" in told
+
+
+def test_a_plan_says_what_few_bits_would_give() -> None:
+    outlook = Outlook.of(SHAPE, replace(MACHINE, rates=RATES), EngineSpec(host_memory="1500MiB"), "auto", WORKLOAD)
+    gains = outlook.few_bits_tokens_per_s
+    assert gains is not None
+    assert list(gains) == ["model.weights int8", "a checkpoint in 8 bits", "a checkpoint in 4 bits"]
+    kept, eight, four = gains.values()
+    assert 0 < kept <= eight < four, "half of the bytes in memory; on disk too; a quarter"
+    assert f"a checkpoint in 4 bits {four:+,.1f}" in explain(SHAPE, MACHINE, outlook)
+    assert Outlook.of(SHAPE.stored_in(4), MACHINE, BUDGET, "auto", WORKLOAD).few_bits_tokens_per_s is None

@@ -61,6 +61,7 @@ class Plan:
     reader_threads: int
     host: MemoryUse
     device_memory: MemoryUse  # all 0 on a CPU device
+    weights: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become when they are loaded
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -39,6 +39,7 @@ class Manifest:
     rows_per_s: float  # rows that this run wrote, per second
     tokens_per_s: float  # tokens that this run generated, per second
     journal_rows: int = 0  # rows that this run found in the journal when it began
+    weights: dict[str, Any] | None = None  # what model.weights cost the answers; None: experts as they are stored
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -168,6 +169,7 @@ class TableWriter:
         started_at: float,
         journaled: Totals | None = None,
         max_error_rate: float = 1.0,
+        weights: dict[str, Any] | None = None,
     ) -> Manifest:
         """Proves rows in = rows out, then writes the manifest and, unless too many rows failed, `_SUCCESS`.
 
@@ -176,6 +178,7 @@ class TableWriter:
             started_at: Unix time in seconds.
             journaled: counts of the rows that this run found in the journal.
             max_error_rate: failed rows as a share of all, up to which the job has succeeded.
+            weights: what it cost to keep experts otherwise than they are stored, if they were.
 
         Raises:
             MoegenError: rows are missing.
@@ -212,6 +215,7 @@ class TableWriter:
             rows_per_s=(totals.rows - found.rows) / seconds,
             tokens_per_s=(totals.completion_tokens - found.completion_tokens) / seconds,
             journal_rows=found.rows - self.resumed.rows,
+            weights=weights,
         )
         write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate)
         return manifest
