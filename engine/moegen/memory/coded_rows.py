@@ -15,6 +15,8 @@ from moegen.ops.expert_weights import ExpertMatrix
 from moegen.ops.weight_codes import scales_of, zeros_of
 from moegen.shape import StoredTensor
 
+PartName = Literal["codes", "scales", "zeros"]
+
 
 @dataclass(frozen=True, slots=True)
 class CodedRows:
@@ -28,7 +30,7 @@ class CodedRows:
     first_row: int
     rows: int
     tensor: CodedTensor
-    part: Literal["codes", "scales", "zeros"]
+    part: PartName
     stored: StoredTensor
     start: int
     shape: tuple[int, ...]
@@ -97,9 +99,7 @@ def coded_rows_of(block: Block, expert: int, in_features: int) -> tuple[CodedRow
     if not whole_rows or (of_words and rows != outputs) or first_output % tensor.coding.scale_rows:
         return None
 
-    def run(
-        part: Literal["codes", "scales", "zeros"], stored: StoredTensor, row: int, shape: tuple[int, ...]
-    ) -> CodedRows:
+    def run(part: PartName, stored: StoredTensor, row: int, shape: tuple[int, ...]) -> CodedRows:
         """`shape` from `row` on of the tensor of this expert's number."""
         itemsize, of_expert = DTYPES[stored.dtype].itemsize, torch.Size(stored.shape[-2:]).numel()
         if len(tensor.shape) == 3:  # all experts in one
@@ -111,9 +111,10 @@ def coded_rows_of(block: Block, expert: int, in_features: int) -> tuple[CodedRow
     coding, scales = tensor.coding, tensor.scales
     if of_words:
         assert tensor.zeros is not None
-        return tuple(
-            run(part, stored, 0, stored.shape)
-            for part, stored in (("codes", tensor.codes), ("scales", scales), ("zeros", tensor.zeros))
+        return (
+            run("codes", tensor.codes, 0, tensor.codes.shape),
+            run("scales", scales, 0, scales.shape),
+            run("zeros", tensor.zeros, 0, tensor.zeros.shape),
         )
     row_elements = inputs * coding.bits // 8 // DTYPES[tensor.codes.dtype].itemsize
     first_scale = first_output // coding.scale_rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -113,7 +113,9 @@ def trace(stored: StoredTensor | CodedTensor) -> Traced:
     tensor = torch.empty(stored.shape, dtype=dtype, device="meta")
     block = Block((0,) * tensor.dim(), stored.shape, stored, 0, tensor.stride())
     traced = _traced(tensor, (block,), lambda read: read(stored))
-    return traced.transpose(-1, -2) if isinstance(stored, CodedTensor) and stored.transposed else traced
+    if isinstance(stored, CodedTensor) and stored.transposed:
+        return cast(Traced, traced.transpose(-1, -2))
+    return traced
 
 
 def _traced(tensor: torch.Tensor, blocks: tuple[Block, ...] | None, make: Any) -> Traced:

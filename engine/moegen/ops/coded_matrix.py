@@ -110,7 +110,7 @@ class CodedMatrix:
         scales = self.scales_EGO.view(torch.uint16) if self.scales_EGO.dtype == torch.bfloat16 else self.scales_EGO
         zeros = self.zeros_EGO
         if zeros is None:
-            zeros = torch.full((1, 1, self._panels * PANEL), self.coding.zero, dtype=torch.int16)
+            zeros = torch.full((1, 1, self._panels * PANEL), self.coding.zero or 0, dtype=torch.int16)
         with numba_threads() as threads:
             weights = torch.empty(threads, 2, max(self.in_features, 2 * ROW_BYTES), PANEL)[:, :, : self.in_features]
             grouped_codes(
