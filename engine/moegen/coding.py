@@ -251,7 +251,7 @@ class _CompressedTensors(_Format):
 
     method = "compressed-tensors"
     codes = re.compile(r"(?P<base>.+)\.(?:weight_packed|weight)")
-    parts = ("weight_scale", "weight_zero_point")
+    parts = (".weight_scale", ".weight_zero_point")
 
     def read_settings(self) -> None:
         groups = [group for group in (self.settings.get("config_groups") or {}).values() if isinstance(group, dict)]
@@ -318,7 +318,7 @@ class _Words(_Format):
     """`qweight` and `qzeros` in 32-bit words, `scales` of `[groups, outputs]`: AWQ and GPTQ."""
 
     codes = re.compile(r"(?P<base>.+)\.qweight")
-    parts = ("qzeros", "scales")
+    parts = (".qzeros", ".scales")
     order: Order
 
     def read_settings(self) -> None:

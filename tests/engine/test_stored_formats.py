@@ -170,6 +170,9 @@ def test_the_kernel_multiplies_with_what_the_codes_mean(coding: Coding) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-5 * float(wanted.abs().max()))
         alone = matrix.linear(x, [0, 0, 1], tokens[7:8])
         assert torch.equal(alone[0], got[7]), "a row's result depends on the rows beside it"
+        torch.set_num_threads(2)
+        assert torch.equal(matrix.linear(x, counts, tokens), got), "or on the number of threads"
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
