@@ -25,7 +25,6 @@ from moegen.plan.explain import explain
 from moegen.plan.footprint import Footprint
 from moegen.plan.outlook import Outlook
 from moegen.plan.search import choose_plan
-from moegen.plan.workload import Workload
 from moegen.run.certify import logit_difference
 from moegen.run.engine import Engine
 from moegen.shape import ModelShape, model_tensors
@@ -37,7 +36,6 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from benchmarks.stored_checkpoint import formats, mxfp4, rewrite
 from tests.engine.parts import plan
 from tests.engine.test_plan import MACHINE
-from tests.engine.test_predict import RATES, SHAPE
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -292,7 +290,6 @@ def test_formats_that_are_not_read_are_refused(
 
 # Plans --------------------------------------------------------------------------------------------------------------
 
-WORKLOAD = Workload.of(2_000, [300], [32])
 BUDGET = EngineSpec(host_memory="2GiB")
 
 
@@ -311,14 +308,3 @@ def test_a_plan_counts_what_is_stored_and_what_is_expanded(folders: dict[str, tu
     told = explain(shape, MACHINE, Outlook.of(shape, MACHINE, BUDGET, "auto", None))
     assert "as stored (int4)" in told
     assert "expanded to float32" in told
-
-
-def test_a_plan_says_what_few_bits_would_give() -> None:
-    outlook = Outlook.of(SHAPE, replace(MACHINE, rates=RATES), EngineSpec(host_memory="1500MiB"), "auto", WORKLOAD)
-    gains = outlook.few_bits_tokens_per_s
-    assert gains is not None
-    assert list(gains) == ["model.weights int8", "a checkpoint in 8 bits", "a checkpoint in 4 bits"]
-    kept, eight, four = gains.values()
-    assert 0 < kept <= eight < four, "half of the bytes in memory; on disk too; a quarter"
-    assert f"a checkpoint in 4 bits {four:+,.1f}" in explain(SHAPE, MACHINE, outlook)
-    assert Outlook.of(SHAPE.stored_in(4), MACHINE, BUDGET, "auto", WORKLOAD).few_bits_tokens_per_s is None
