@@ -157,18 +157,36 @@ def main() -> None:
         return
     rows = rows_of(args.rows, args.prompt_tokens, args.answer_tokens)
     budget = int(args.budget_gib * (1 << 30))
-    turns = {name: turn(name, args.folder, rows, budget, args.turn_limit) for name in args.formats}
+    settings = {
+        "rows": args.rows, "prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens,
+        "budget_bytes": budget,
+    }  # fmt: skip
+    turns = earlier_turns(args.out, settings)
+    for name in args.formats:
+        turns[name] = turn(name, args.folder, rows, budget, args.turn_limit)
+        write(args.out, settings, turns)
+
+
+def earlier_turns(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run that was cut into windows: the same machine, the same settings."""
+    found = json.loads(out.read_text()) if out.exists() else {}
+    same = found.get("settings") == settings and found.get("machine") == machine()
+    return dict(found["formats"]) if same else {}
+
+
+def machine() -> dict[str, str]:
+    return {"name": Machine.detect("cpu").device_name, "python": platform.python_version()}
+
+
+def write(out: Path, settings: dict[str, Any], turns: dict[str, Any]) -> None:
+    """The turns so far, with their ratios to bfloat16."""
     plain = turns.get("bf16", {}).get("tokens_per_s")
     for name, found in turns.items():
         found["ratio_to_bf16"] = found["tokens_per_s"] / plain if plain else None
         if plain and name in WANTED:
             print(f"{name:6s} {found['ratio_to_bf16']:.2f} times bf16 (at least {WANTED[name]} wanted)")
-    result = {
-        "machine": {"name": Machine.detect("cpu").device_name, "python": platform.python_version()},
-        "rows": args.rows, "prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens,
-        "budget_bytes": budget, "formats": turns,
-    }  # fmt: skip
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"machine": machine(), "settings": settings, "formats": turns}
+    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
