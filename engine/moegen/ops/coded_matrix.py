@@ -112,7 +112,8 @@ class CodedMatrix:
         if zeros is None:
             zeros = torch.full((1, 1, self._panels * PANEL), self.coding.zero or 0, dtype=torch.int16)
         with numba_threads() as threads:
-            weights = torch.empty(threads, 2, max(self.in_features, 2 * ROW_BYTES), PANEL)[:, :, : self.in_features]
+            ahead = 1 + -(-2 * ROW_BYTES // self.in_features)  # panels: one, and room for what lies beyond the inputs
+            weights = torch.empty(threads, ahead, self.in_features, PANEL)
             grouped_codes(
                 x.numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.codes.numpy(),
                 self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels, starts, out_SO.numpy(),
