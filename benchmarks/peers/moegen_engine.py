@@ -6,6 +6,7 @@ The plan goes by the rates that the machine was measured to have, as a job's doe
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ def open_engine(turn: Turn) -> Generate:
     plan = choose_plan(ModelShape.read(turn.checkpoint), Machine.detect("cpu"), spec, workload=workload)
     own = {name: value for name, value in turn.settings.items() if name != "host_memory"}
     engine = Engine.open(turn.checkpoint, replace(plan, **own), tokenizer=None)
+    atexit.register(engine.__exit__)  # its readers end before the interpreter does, which would end them anywhere
     return lambda rows: generate(engine, rows)
 
 

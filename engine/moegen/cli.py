@@ -183,7 +183,7 @@ def _plan(args: argparse.Namespace) -> None:
     from moegen.shape import ModelShape
 
     spec = _planned_spec(args)
-    shape = ModelShape.read(spec.model.uri)
+    shape = ModelShape.read(spec.model.uri).kept(spec.model.weights)
     machine = Machine.detect(spec.engine.device) if args.machine is None else Machine.read(args.machine)
     workload = _workload(args, spec, shape.max_position_embeddings)
     outlook = Outlook.of(shape, machine, spec.engine, spec.model.dtype, workload)

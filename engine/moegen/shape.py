@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, Literal
 
+from moegen.coding import CodedTensor, coded_tensors, logical_tensors
 from moegen.errors import CheckpointError, InputError, SpecError, UnsupportedModel
 from moegen.storage import describe, join, list_names, open_input, read_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1,
-                 "U8": 1, "BOOL": 1}  # fmt: skip
+_STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+                 "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
 _KV_PROJECTION = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.[kv]_proj\.weight")
@@ -46,6 +47,10 @@ class ModelShape:
     # Of latent attention, else 0:
     absorbed_width: int = 0  # elements of one layer's queries and attended sums of latents of a token, over all heads
     key_up_weights: int = 0  # what makes keys of latents, over all layers
+    stored_format: str | None = None  # of experts in few bits on disk: fp8, mxfp4, int4, ...; None: of `dtype`
+    expert_stored_bytes: int | None = None  # of experts in few bits on disk, scales and zeros included
+    coded_dense_weights: int = 0  # weights outside the experts that are in few bits on disk: expanded when loaded
+    kept_as: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become in memory
 
     @classmethod
     def read(cls, model_uri: str) -> ModelShape:
@@ -56,11 +61,43 @@ class ModelShape:
             UnsupportedModel: the installed transformers does not know the model type.
         """
         config = read_config(model_uri)
-        return cls.of(config, {name: tensor.shape for name, tensor in stored_tensors(model_uri).items()})
+        tensors = model_tensors(model_uri)
+        shapes = {name: t.parameter_shape if isinstance(t, CodedTensor) else t.shape for name, t in tensors.items()}
+        coded = [tensor for name, tensor in coded_tensors(tensors) if _is_expert(name)]
+        stored_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if _is_expert(name))
+        return replace(
+            cls.of(config, shapes),
+            stored_format=coded[0].coding.format if coded else None,
+            expert_stored_bytes=stored_bytes if coded else None,
+            coded_dense_weights=sum(_product(t.shape) for name, t in coded_tensors(tensors) if not _is_expert(name)),
+        )
+
+    def kept(self, weights: Literal["as_stored", "int8", "fp8"]) -> ModelShape:
+        """The same with its experts as `model.weights` wants them in memory.
+
+        Raises:
+            SpecError: they are in few bits already.
+        """
+        if weights != "as_stored" and self.stored_format is not None:
+            raise SpecError(
+                f"model.weights: {weights!r} cannot be made of experts that are stored as {self.stored_format}; "
+                "leave it out, or give the model's float32, bfloat16 or float16 checkpoint"
+            )
+        return replace(self, kept_as=weights)
+
+    def stored_in(self, bits: int) -> ModelShape:
+        """The same model with its experts stored in so many bits, with a scale of two bytes for 64 weights."""
+        stored = int(self.expert_weights * (bits / 8 + 2 / 64))
+        return replace(self, stored_format=f"int{bits}", expert_stored_bytes=stored)
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether experts are codes and scales in memory."""
+        return self.stored_format is not None or self.kept_as != "as_stored"
 
     @classmethod
     def of(cls, config: Any, tensors: dict[str, tuple[int, ...]]) -> ModelShape:
-        """From a transformers config and the shapes of the stored tensors."""
+        """From a transformers config and the shapes of the model's tensors."""
         text = config.get_text_config()
         sizes = {name: _product(shape) for name, shape in tensors.items()}
         experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") or 0
@@ -76,7 +113,7 @@ class ModelShape:
             max_position_embeddings=getattr(text, "max_position_embeddings", None) or 1 << 30,
             dtype=dtype,
             weights=sum(sizes.values()),
-            expert_weights=sum(n for name, n in sizes.items() if any(part in name for part in _EXPERT_NAMES)),
+            expert_weights=sum(n for name, n in sizes.items() if _is_expert(name)),
             kv_per_token=_kv_per_token(text, tensors),
             latent_kv_per_token=_latent_kv_per_token(text),
             moe_layers=len({match[1] for name in tensors if (match := _EXPERTS_OF_LAYER.search(name))}),
@@ -134,12 +171,7 @@ def read_config(model_uri: str) -> Any:
             f"model.uri: model type {model_type!r} of {model_uri!r} is unknown to the installed transformers; "
             "code that comes with a checkpoint is never run"
         )
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModel(
-            f"model.uri: {model_uri!r} stores weights compressed ({method}), which this version cannot read; "
-            "give a float32, bfloat16 or float16 checkpoint"
-        )
+    values.pop("quantization_config", None)  # says how weights are stored, not what is done with them
     try:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:
@@ -188,6 +220,19 @@ def stored_tensors(model_uri: str) -> dict[str, StoredTensor]:
     return tensors
 
 
+def model_tensors(model_uri: str) -> dict[str, StoredTensor | CodedTensor]:
+    """As `stored_tensors`, by the names that the model has for them: matrices in few bits are `CodedTensor`s.
+
+    Raises:
+        CheckpointError: as `stored_tensors`; or a part of a matrix is missing or has another shape.
+        UnsupportedModel: a format that is not read.
+    """
+    quantization = config_json(model_uri).get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"model.uri: quantization_config in {model_uri!r} is no JSON object")
+    return logical_tensors(stored_tensors(model_uri), quantization)
+
+
 def read_header(uri: str, size: int, file: BinaryIO) -> bytes:
     """The safetensors header (JSON) at the beginning of a file of `size` bytes, which is left behind it."""
     length = int.from_bytes(file.read(8), "little")
@@ -228,6 +273,10 @@ def _check(name: str, tensor: StoredTensor) -> None:
             f"{tensor.uri}: tensor {name} has {tensor.nbytes} bytes where {tensor.dtype} {list(tensor.shape)} takes "
             f"{needed}; fetch the file again"
         )
+
+
+def _is_expert(name: str) -> bool:
+    return any(part in name for part in _EXPERT_NAMES)
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -155,6 +155,9 @@ class Model:
     uri: str
     revision: str | None = None  # recorded in the manifest; part of the fingerprint
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint says
+    # What experts' weights become when they are loaded: 8 bits with a scale per output take half of bfloat16's memory
+    # and change answers; the manifest says how far.
+    weights: Literal["as_stored", "int8", "fp8"] = "as_stored"
 
     def __post_init__(self) -> None:
         _require_no_password("model.uri", self.uri)

@@ -292,7 +292,6 @@ def test_a_file_that_is_no_safetensors_is_named(folder):
     ("change", "error", "told"),
     [
         ({"model_type": "nobody_knows"}, UnsupportedModel, "nobody_knows"),
-        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedModel, "fp8"),
         ({"hidden_size": "wide"}, CheckpointError, "config.json"),
     ],
 )

@@ -122,7 +122,7 @@ def dry_run(spec: JobSpec) -> DryRun:
         MoegenError: whatever the job would end with before its model is loaded.
     """
     reader = TableReader(spec.input, needed_columns(spec))
-    shape = ModelShape.read(spec.model.uri)
+    shape = ModelShape.read(spec.model.uri).kept(spec.model.weights)
     machine = Machine.detect(spec.engine.device)
     tokenizer = Tokenizer.load(spec.model.uri)
     workload, prefix = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))

@@ -26,6 +26,7 @@ from moegen.job.progress import Meter, Progress
 from moegen.job.repeats import Repeats
 from moegen.job.rules import Rules
 from moegen.job.stats_file import Stats, earlier_stats
+from moegen.job.weight_cost import known_cost, measure_cost
 from moegen.plan.machine import Machine
 from moegen.plan.plan import Plan
 from moegen.plan.search import choose_plan
@@ -120,13 +121,16 @@ def run_job(
                 found=found, crashes=marks.crashes, quarantine_after=spec.errors.quarantine_after, check=check,
             )  # fmt: skip
             inherited = _Inherited(work, reader.rows, writer.resumed.rows, journaled.rows)
-            with device or nullcontext(), keeper, closing(batches), _engine(spec, setup, inherited, meter) as engine:
+            weigh = partial(measure_cost, folder, spec.model.uri, setup.stored_plan, setup.plan, reader, setup.preparer)
+            opened = _engine(spec, setup, inherited, meter, weigh)
+            with device or nullcontext(), keeper, closing(batches), opened as engine:
                 flight.run(engine)
         meter.enter("finishing")
         manifest = writer.finish(
             job_name=spec.job.name, model_digest=digest, input_files=reader.files, started_at=started_at,
             journaled=journaled, max_error_rate=spec.errors.max_error_rate,
             register=None if iceberg is None else partial(iceberg.register, spec.output.uri),
+            weights=known_cost(folder),
         )  # fmt: skip
         clear_batch(folder)
         rules.check_end(writer.totals)
@@ -142,19 +146,24 @@ class _Setup:
     workload: Workload | None
     prefix: tuple[int, ...]  # token ids that nearly all prompts begin with
     plan: Plan
+    stored_plan: Plan  # with experts as they are stored
     tokenizer: Tokenizer
     preparer: Preparer
     answers: Answers
 
     @classmethod
     def of(cls, spec: JobSpec, reader: TableReader) -> _Setup:
-        shape = ModelShape.read(spec.model.uri)
+        shape = ModelShape.read(spec.model.uri).kept(spec.model.weights)
         machine = Machine.detect(spec.engine.device)
         tokenizer = Tokenizer.load(spec.model.uri)
         workload, prefix = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
         plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
+        stored_plan = plan
+        if shape.kept_as != "as_stored":
+            as_stored = shape.kept("as_stored")
+            stored_plan = choose_plan(as_stored, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
         preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
-        return cls(shape, machine, workload, prefix, plan, tokenizer, preparer, Answers(spec, tokenizer))
+        return cls(shape, machine, workload, prefix, plan, stored_plan, tokenizer, preparer, Answers(spec, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,13 @@ class _Inherited:
 
 
 @contextmanager
-def _engine(spec: JobSpec, setup: _Setup, inherited: _Inherited, meter: Meter) -> Iterator[RowGenerator]:
-    """The model, loaded, and every pass counted; no model where no row is left to run."""
+def _engine(
+    spec: JobSpec, setup: _Setup, inherited: _Inherited, meter: Meter, weigh: Callable[[], None]
+) -> Iterator[RowGenerator]:
+    """The model, loaded, and every pass counted; no model where no row is left to run.
+
+    `weigh` measures what it costs to keep experts otherwise than they are stored.
+    """
     if inherited.rows_left == 0:
         yield NoEngine()
         return
@@ -181,6 +195,8 @@ def _engine(spec: JobSpec, setup: _Setup, inherited: _Inherited, meter: Meter) -
     os.environ.setdefault("NUMBA_NUM_THREADS", str(setup.plan.threads))  # Numba reads it once, when it is imported
     from moegen.run.engine import Engine
 
+    if spec.model.weights != "as_stored":
+        weigh()
     with Engine.open(spec.model.uri, setup.plan, tokenizer=setup.tokenizer) as engine:
         load_s = time.monotonic() - loading
         yardstick = Yardstick(setup.shape, setup.machine, setup.plan)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from moegen.coding import CodedTensor, coded_tensors
 from moegen.errors import CheckpointError
 from moegen.memory.direct_read import READ_BYTES, DirectFiles, ReadBuffer
 from moegen.memory.stored_experts import ExpertSource
@@ -27,7 +28,8 @@ from moegen.memory.traced import DTYPES, Traced, trace
 from moegen.model.host import is_experts
 from moegen.model.seams import SEAMS
 from moegen.ops.expert_weights import UP
-from moegen.shape import StoredTensor, read_config, stored_tensors
+from moegen.ops.weight_codes import expanded, scales_of, zeros_of
+from moegen.shape import StoredTensor, model_tensors, read_config
 from moegen.storage import local_folder
 
 _EXPERT_NUMBER = re.compile(r"(?P<before>.+\.experts\.)(?P<number>\d+)(?P<after>\..+)")
@@ -44,10 +46,10 @@ class Checkpoint:
     """A local checkpoint folder whose files have been found whole. Use as a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `CheckpointError` when a file is missing, damaged or cut short."""
+        """Raises `CheckpointError` when a file is missing, damaged or cut short, `UnsupportedModel` by its format."""
         self.folder = folder
         self.config = read_config(str(folder))
-        self.tensors = stored_tensors(str(folder))
+        self.tensors = model_tensors(str(folder))
         self.files = DirectFiles()
         self._buffer = ReadBuffer()
 
@@ -64,20 +66,45 @@ class Checkpoint:
         parameters where their matrices were (biases and norms they have).
 
         Raises:
-            CheckpointError: a tensor is missing, of another shape, or a file cannot be read.
+            CheckpointError: a tensor is missing, of another shape, has scales that are no numbers, or a file cannot
+                be read.
         """
+        self._check_scales()
         model = self._traced_model(dtype)
         sources = {name: self._take_experts(module) for name, module in model.named_modules() if is_experts(module)}
         self._realise(model, device)
         return model, sources
 
-    def read(self, stored: StoredTensor) -> torch.Tensor:
-        """One stored tensor. Raises `StorageError` when the disk or the file fails."""
+    def read(self, stored: StoredTensor | CodedTensor) -> torch.Tensor:
+        """One stored tensor, or the values of a coded one. Raises `StorageError` when the disk or the file fails."""
+        if isinstance(stored, CodedTensor):
+            return self._expanded(stored)
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
         for first in range(0, stored.nbytes, READ_BYTES):
             part = data[first : first + READ_BYTES]
             part.copy_(self.files.read(stored.uri, stored.start + first, len(part), self._buffer))
         return data.view(DTYPES[stored.dtype]).view(stored.shape)
+
+    def _expanded(self, coded: CodedTensor) -> torch.Tensor:
+        """`coded.shape` float32."""
+        coding, (outputs, inputs) = coded.coding, coded.shape[-2:]
+        codes = self.read(coded.codes)
+        if coding.order == "rows":
+            codes = codes.view(*coded.shape[:-2], outputs, -1).view(torch.uint8)
+        scales = scales_of(self.read(coded.scales), coding, outputs)
+        zeros = None if coded.zeros is None else zeros_of(self.read(coded.zeros), coding)
+        return expanded(codes, scales, zeros, coding, inputs)
+
+    def _check_scales(self) -> None:
+        """They are few: all are read before anything is made of them."""
+        for _, coded in coded_tensors(self.tensors):
+            scales = self.read(coded.scales)
+            finite = scales != 255 if scales.dtype == torch.uint8 else scales.float().isfinite()
+            if not bool(finite.all()):
+                number = int((~finite).sum())
+                raise CheckpointError(
+                    f"{coded.names[1]} in {coded.scales.uri} has {number} scales that are no numbers; fetch it again"
+                )
 
     def _traced_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """transformers' model with the engine's seams, its parameters and buffers `Traced` if they are stored."""
@@ -135,7 +162,7 @@ class Checkpoint:
         return nn.Parameter(real, requires_grad=False) if isinstance(tensor, nn.Parameter) else real
 
 
-def unlike_siblings(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+def unlike_siblings(tensors: Mapping[str, StoredTensor | CodedTensor]) -> Iterator[str]:
     """What is wrong with the experts that are stored one by one: a tensor that only some have, or another shape."""
     layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for match in filter(None, map(_EXPERT_NUMBER.fullmatch, tensors)):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moegen.memory.direct_read import READ_BYTES, DirectFiles, ReadBuffer
-from moegen.memory.stored_rows import StoredRows
+from moegen.memory.stored_rows import Rows
 from moegen.ops.expert_weights import ExpertGroup
 from moegen.units import KIB, MIB
 
@@ -19,7 +19,7 @@ class Part:
     """Rows of one projection."""
 
     is_up: bool
-    rows: StoredRows
+    rows: Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def coalesced(parts: Iterable[Part]) -> Iterator[ReadRequest]:
         yield _request(together)
 
 
-def _neighbours(first: StoredRows, last: StoredRows, rows: StoredRows) -> bool:
+def _neighbours(first: Rows, last: Rows, rows: Rows) -> bool:
     near = rows.file == first.file and rows.start - last.end <= _GAP_BYTES and rows.end - first.start <= READ_BYTES
     return near and (rows.expert == last.expert or last.end - first.start < _ENOUGH_BYTES)
 

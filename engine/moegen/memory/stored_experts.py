@@ -9,12 +9,12 @@ from itertools import chain
 
 import torch
 
+from moegen.coding import Coding
 from moegen.memory.direct_read import READ_BYTES
 from moegen.memory.read_request import Part, ReadRequest, coalesced
-from moegen.memory.stored_rows import StoredRows, rows_by_expert
-from moegen.memory.traced import Traced
+from moegen.memory.stored_rows import CodedRows, Rows, StoredRows, rows_by_expert
+from moegen.memory.traced import Read, Traced
 from moegen.ops.expert_weights import ExpertGroup
-from moegen.shape import StoredTensor
 
 _AS_STORED = {torch.float32, torch.bfloat16, torch.float16}  # other dtypes are converted before they are placed
 
@@ -32,15 +32,20 @@ class StoredProjection:
     out_features: int
     in_features: int
     dtype: torch.dtype
-    rows: tuple[tuple[StoredRows, ...], ...] | None
+    rows: tuple[tuple[Rows, ...], ...] | None
+    coding: Coding | None = None  # of elements that are stored as codes, and kept so
 
     @classmethod
     def of(cls, weight_EOI: Traced) -> StoredProjection:
         """From a traced parameter."""
         rows = rows_by_expert(weight_EOI)
-        dtypes = {part.dtype for part in chain.from_iterable(rows or ())}
-        movable = bool(dtypes) and dtypes <= _AS_STORED
+        parts = list(chain.from_iterable(rows or ()))
         experts, out_features, in_features = weight_EOI.shape
+        coded = [part for part in parts if isinstance(part, CodedRows)]
+        if coded and len(coded) == len(parts) and len({part.tensor.coding for part in coded}) == 1:
+            return cls(experts, out_features, in_features, weight_EOI.dtype, rows, coded[0].tensor.coding)
+        dtypes = {part.dtype for part in parts if isinstance(part, StoredRows)}
+        movable = bool(dtypes) and dtypes <= _AS_STORED and not coded
         dtype = reduce(torch.promote_types, dtypes) if movable else weight_EOI.dtype
         return cls(experts, out_features, in_features, dtype, rows if movable else None)
 
@@ -51,6 +56,8 @@ class StoredProjection:
     @property
     def expert_nbytes(self) -> int:
         """Stored bytes of one expert."""
+        if self.rows is not None and self.coding is not None:
+            return sum(part.nbytes for part in self.rows[0])
         return self.expert_elements * self.dtype.itemsize
 
 
@@ -63,7 +70,7 @@ class ExpertSource:
     _whole: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None  # where they cannot be read in parts
 
     @classmethod
-    def of(cls, up_EOI: Traced, down_EOI: Traced, read: Callable[[StoredTensor], torch.Tensor]) -> ExpertSource:
+    def of(cls, up_EOI: Traced, down_EOI: Traced, read: Read) -> ExpertSource:
         """From two traced parameters; `read` is kept as long as the source is, only if they have to be converted."""
         up, down = StoredProjection.of(up_EOI), StoredProjection.of(down_EOI)
         in_parts = up.rows is not None and down.rows is not None

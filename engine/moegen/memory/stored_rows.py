@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moegen.coding import CodedTensor
+from moegen.memory.coded_rows import CodedRows, coded_rows_of
 from moegen.memory.traced import DTYPES, Block, Traced
 from moegen.ops.expert_weights import ExpertMatrix
 
@@ -67,22 +69,28 @@ class StoredRows:
             matrix.place(expert, self.first_row, values.view(self.columns, self.rows).T.contiguous())
 
 
-def rows_by_expert(weight_EOI: Traced) -> tuple[tuple[StoredRows, ...], ...] | None:
-    """Where the rows of every expert lie, if each block of them is one run of bytes; else None."""
+Rows = StoredRows | CodedRows
+
+
+def rows_by_expert(weight_EOI: Traced) -> tuple[tuple[Rows, ...], ...] | None:
+    """Where the rows of every expert lie, if each block of them is one run of bytes (or one for each part of a coded
+    tensor); else None."""
     if weight_EOI.blocks is None:
         return None
     experts, _, in_features = weight_EOI.shape
-    found: list[list[StoredRows]] = [[] for _ in range(experts)]
+    found: list[list[Rows]] = [[] for _ in range(experts)]
     for block in weight_EOI.blocks:
         for expert in range(block.origin[0], block.origin[0] + block.shape[0]):
             rows = _rows_of(block, expert, in_features)
             if rows is None:
                 return None
-            found[expert].append(rows)
+            found[expert].extend(rows)
     return tuple(map(tuple, found))
 
 
-def _rows_of(block: Block, expert: int, in_features: int) -> StoredRows | None:
+def _rows_of(block: Block, expert: int, in_features: int) -> tuple[Rows, ...] | None:
+    if isinstance(block.stored, CodedTensor):
+        return coded_rows_of(block, expert, in_features)
     _, rows, columns = block.shape
     _, row_stride, column_stride = block.strides
     plain, transposed = (row_stride, column_stride) == (columns, 1), (row_stride, column_stride) == (1, rows)
@@ -90,7 +98,7 @@ def _rows_of(block: Block, expert: int, in_features: int) -> StoredRows | None:
         return None
     stored, dtype = block.stored, DTYPES[block.stored.dtype]
     start = block.start + (expert - block.origin[0]) * block.strides[0]
-    return StoredRows(
+    found = StoredRows(
         expert=expert,
         first_row=block.origin[1],
         rows=rows,
@@ -100,3 +108,4 @@ def _rows_of(block: Block, expert: int, in_features: int) -> StoredRows | None:
         dtype=dtype,
         transposed=not plain,
     )
+    return (found,)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from moegen.coding import CodedTensor
 from moegen.shape import StoredTensor
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+
+Read = Callable[[StoredTensor | CodedTensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Block:
 
     origin: tuple[int, ...]  # where the box begins in the traced tensor
     shape: tuple[int, ...]
-    stored: StoredTensor
+    stored: StoredTensor | CodedTensor
     start: int  # elements into the stored tensor
     strides: tuple[int, ...]  # elements
 
@@ -75,9 +78,9 @@ class Traced(torch.Tensor):
     """
 
     blocks: tuple[Block, ...] | None
-    _make: Callable[[Callable[[StoredTensor], torch.Tensor]], torch.Tensor]
+    _make: Callable[[Read], torch.Tensor]
 
-    def realise(self, read: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
+    def realise(self, read: Read) -> torch.Tensor:
         """The tensor itself: `read` gives the stored ones."""
         return self._make(read)
 
@@ -104,11 +107,15 @@ class Traced(torch.Tensor):
         return result
 
 
-def trace(stored: StoredTensor) -> Traced:
-    """A stored tensor that is not read."""
-    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device="meta")
+def trace(stored: StoredTensor | CodedTensor) -> Traced:
+    """A stored tensor that is not read; a coded one has the dtype of its values, and lies as the model has it."""
+    dtype = torch.float32 if isinstance(stored, CodedTensor) else DTYPES[stored.dtype]
+    tensor = torch.empty(stored.shape, dtype=dtype, device="meta")
     block = Block((0,) * tensor.dim(), stored.shape, stored, 0, tensor.stride())
-    return _traced(tensor, (block,), lambda read: read(stored))
+    traced = _traced(tensor, (block,), lambda read: read(stored))
+    if isinstance(stored, CodedTensor) and stored.transposed:
+        return cast(Traced, traced.transpose(-1, -2))
+    return traced
 
 
 def _traced(tensor: torch.Tensor, blocks: tuple[Block, ...] | None, make: Any) -> Traced:
@@ -123,7 +130,7 @@ def _wanted_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
 
 
 def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None) -> Any:
-    def make(read: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
+    def make(read: Read) -> torch.Tensor:
         def real(value: Any) -> Any:
             if isinstance(value, Traced):
                 return value.realise(read)

@@ -11,17 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from moegen.coding import Coding
 from moegen.errors import BudgetError
 from moegen.memory.direct_read import DirectFiles, ReadBuffer
 from moegen.memory.read_request import ReadRequest
 from moegen.memory.stored_experts import ExpertSource, StoredProjection
-from moegen.ops.expert_weights import ExpertGroup, PlainMatrix, expert_matrix
+from moegen.ops.coded_matrix import CodedMatrix, Empty
+from moegen.ops.expert_weights import ExpertGroup, ExpertMatrix, PlainMatrix, expert_matrix
 from moegen.ops.host_memory import host_zeros
 from moegen.units import format_bytes
+
+_ALIGNED = 64  # bytes; where tensors of the slab begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,40 @@ class Arithmetic:
     device: torch.device
     dtype: torch.dtype  # of the products
     expert_dtype: torch.dtype | None = None  # of the weights in memory, where the form leaves a choice; None: as stored
+    compress_to: Coding | None = None  # what plain weights become when they are placed
 
     def empty_group(self, source: ExpertSource, first: int, experts: int) -> ExpertGroup:
-        def empty(projection: StoredProjection) -> Any:
+        """Where they are multiplied."""
+
+        def empty(projection: StoredProjection) -> ExpertMatrix:
             features = (projection.out_features, projection.in_features)
+            coding = self.coding_of(projection)
+            if coding is not None:
+                return CodedMatrix(experts, *features, coding, self.dtype, self._zeros)
             return expert_matrix(experts, *features, self.expert_dtype or projection.dtype, self.dtype, self.device)
 
         return ExpertGroup(first, empty(source.up), empty(source.down))
+
+    def coding_of(self, projection: StoredProjection) -> Coding | None:
+        """Of its matrices in memory."""
+        return projection.coding or self.compress_to
+
+    def slab_group(self, source: ExpertSource, piece: Piece, empty: Empty) -> ExpertGroup:
+        """On the host, in the form in which it is copied to the device: over tensors that `empty` makes."""
+
+        def of(projection: StoredProjection) -> ExpertMatrix:
+            features = (piece.experts, projection.out_features, projection.in_features)
+            coding = self.coding_of(projection)
+            if coding is not None:
+                return CodedMatrix(*features, coding, self.dtype, empty)
+            return PlainMatrix(empty(features, self.dtype))
+
+        return ExpertGroup(piece.first, of(source.up), of(source.down))
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return host_zeros(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -109,14 +139,15 @@ class WeightHomes:
 
     def _make_slab(self, pieces: list[Piece]) -> None:
         """Empty groups in one allocation, registered once: pinning each tensor would round it to a power of two."""
-        sources = [self.sources[piece.layer] for piece in pieces]
-        sizes = [p.experts * s.expert_elements for p, s in zip(pieces, sources, strict=True)]
-        memory = host_zeros((sum(sizes),), self.arithmetic.dtype)
+        wanted = _Slab(None)
+        for piece in pieces:
+            self.arithmetic.slab_group(self.sources[piece.layer], piece, wanted.empty)
+        memory = host_zeros((wanted.used,), torch.uint8)
         if pieces and self.arithmetic.device.type == "cuda":
             self._pins.enter_context(pinned(memory))
-        for piece, source, part in zip(pieces, sources, memory.split(sizes), strict=True):
-            up, down = part.split([piece.experts * p.expert_elements for p in (source.up, source.down)])
-            self.host[piece] = ExpertGroup(piece.first, _over(up, source.up), _over(down, source.down))
+        slab = _Slab(memory)
+        for piece in pieces:
+            self.host[piece] = self.arithmetic.slab_group(self.sources[piece.layer], piece, slab.empty)
 
     def _fill(self, files: DirectFiles, readers: int) -> None:
         groups = {**self.device, **self.host}
@@ -147,8 +178,19 @@ def read_all(reads: Iterable[tuple[ExpertGroup, ReadRequest]], files: DirectFile
             pass
 
 
-def _over(memory: torch.Tensor, projection: StoredProjection) -> PlainMatrix:
-    return PlainMatrix(memory.view(-1, projection.out_features, projection.in_features))
+class _Slab:
+    """Tensors one after the other in one piece of memory; without memory, only their sizes are added up."""
+
+    def __init__(self, memory: torch.Tensor | None) -> None:
+        self._memory, self.used = memory, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        start = self.used
+        self.used += -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNED) * _ALIGNED
+        if self._memory is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self._memory[start : start + size].view(dtype).view(shape)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 
 from moegen.memory.direct_read import DirectFiles, ReadBuffer
 from moegen.memory.weight_home import Piece, pinned
+from moegen.ops.coded_matrix import CodedMatrix
 from moegen.ops.expert_weights import ExpertGroup, ExpertMatrix, PlainMatrix
 from moegen.units import MIB
 
@@ -58,9 +59,10 @@ class HostCopy:
 
     def read_into(self, group: ExpertGroup, files: DirectFiles, buffer: ReadBuffer) -> None:
         for slot, home in ((group.up, self.home.up), (group.down, self.home.down)):
-            assert isinstance(slot, PlainMatrix)
-            assert isinstance(home, PlainMatrix)
-            slot.weight_EOI[self.part].copy_(home.weight_EOI[self.part], non_blocking=True)
+            assert isinstance(slot, PlainMatrix | CodedMatrix)
+            assert isinstance(home, PlainMatrix | CodedMatrix)
+            for own, other in zip(slot.tensors, home.tensors, strict=True):
+                own[self.part].copy_(other[self.part], non_blocking=True)
 
 
 class Slot:

@@ -306,7 +306,7 @@ _Kind = tuple[object, ...]  # what makes slots exchangeable
 
 
 def _kind(source: ExpertSource) -> _Kind:
-    return tuple((p.out_features, p.in_features, p.dtype) for p in (source.up, source.down))
+    return tuple((p.out_features, p.in_features, p.dtype, p.coding) for p in (source.up, source.down))
 
 
 def _empty_slots(homes: WeightHomes, slots: int) -> dict[_Kind, list[Slot]]:

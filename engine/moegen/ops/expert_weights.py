@@ -79,20 +79,14 @@ class PanelMatrix:
         return features_NIP.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
     def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """In float32, rows `row_width` apart; returned as it is where it lies so."""
-        tokens, inputs = x_TI.shape
-        width = row_width(inputs)
-        if x_TI.dtype == torch.float32 and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
-            return x_TI
-        laid_TI = torch.empty(tokens, width)[:, :inputs]
-        return laid_TI.copy_(x_TI)
+        return laid_out(x_TI)
 
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         starts = np.zeros(self.experts + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         out_SO = torch.empty(len(tokens), self._panels_ENIP.shape[1] * PANEL)
-        laid_TI = self.lay_out(x_TI)
+        laid_TI = laid_out(x_TI)
         x = laid_TI.as_strided((laid_TI.shape[0], laid_TI.stride(0)), laid_TI.stride())  # with the gaps between rows
         with numba_threads() as threads:
             grouped_panels(x.numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
@@ -105,6 +99,11 @@ class PlainMatrix:
     def __init__(self, weight_EOI: torch.Tensor) -> None:
         self.experts, self.out_features, self.in_features = weight_EOI.shape
         self.weight_EOI = weight_EOI
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a copy of it has to copy."""
+        return (self.weight_EOI,)
 
     @property
     def nbytes(self) -> int:
@@ -126,6 +125,16 @@ class PlainMatrix:
             return torch.cat([x @ w for x, w in zip(x_SI.split(list(counts)), weight_EIO, strict=True)])
         offsets_E = torch.tensor(counts, device=x_SI.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
+
+
+def laid_out(x_TI: torch.Tensor) -> torch.Tensor:
+    """In float32, rows `row_width` apart, as the CPU's kernel reads them; returned as it is where it lies so."""
+    tokens, inputs = x_TI.shape
+    width = row_width(inputs)
+    if x_TI.dtype == torch.float32 and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
+        return x_TI
+    laid_TI = torch.empty(tokens, width)[:, :inputs]
+    return laid_TI.copy_(x_TI)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

@@ -61,9 +61,9 @@ class CostModel:
 
     def _on_cpu(self, load: Load) -> PassTime:
         terms = {**self._arithmetic(load), "decode attention": self._host_decode_seconds(load)}
-        streamed = self._bytes_of_groups(load, self.plan.streamed_groups)
-        disk = streamed / self._disk_rate
-        place_rate = self.rates.place_bytes_per_s
+        streamed = self._experts_of_groups(load, self.plan.streamed_groups) * self.footprint.expert
+        disk = streamed * self._stored_share / self._disk_rate
+        place_rate = self.rates.place_bytes_per_s if self.shape.stored_format is None else None  # codes lie as stored
         terms["placing"] = streamed / (place_rate * self.plan.threads) if place_rate else streamed * 0
         busy = sum(terms.values(), np.zeros_like(load.tokens))
         beside_moving = busy - terms["experts"] * self.plan.streamed_groups / max(self.plan.groups, 1)
@@ -79,14 +79,14 @@ class CostModel:
         host_kv = on_host * self._decode_bytes(load)
         device_kv = self._decode_bytes(load) - host_kv
         gathered = device_kv if plan.kv_home == "host" else 0 * device_kv
-        streamed = self._bytes_of_groups(load, plan.streamed_groups)
+        streamed = self._experts_of_groups(load, plan.streamed_groups) * self.footprint.expert
         device = self._arithmetic(load)
         sides = {
             "link": (streamed + self._attention_traffic(load)) / (rates.h2d_bytes_per_s or np.inf)
             + gathered / (rates.gather_bytes_per_s or rates.h2d_bytes_per_s or np.inf),
             "host attention": on_host * self._host_decode_seconds(load),
             "DRAM": (streamed + host_kv + gathered) / (rates.dram_read_bytes_per_s or np.inf),
-            "disk": streamed * plan.disk_groups / max(plan.streamed_groups, 1) / self._disk_rate,
+            "disk": streamed * self._stored_share * plan.disk_groups / max(plan.streamed_groups, 1) / self._disk_rate,
             "device": sum(device.values(), device_kv / (rates.device_decode_bytes_per_s or np.inf))
             + (1 - on_host) * self._latent_flops(load) / max(self._linear(1 << 24).values()),
         }
@@ -146,16 +146,16 @@ class CostModel:
         attended = load.decode_sequences * self.shape.layers * width
         return written + attended * DTYPE_BYTES[self.plan.compute_dtype] * self.plan.attention_on_host
 
-    def _bytes_of_groups(self, load: Load, groups: int) -> Floats:
-        """Of `groups` groups of every layer, those that are read ahead before the router has spoken, and of the others
-        those that some token is routed to (routing taken as uniform)."""
+    def _experts_of_groups(self, load: Load, groups: int) -> Floats:
+        """Experts of `groups` groups of every layer: those that are read ahead before the router has spoken, and of the
+        others those that some token is routed to (routing taken as uniform)."""
         if not groups:
             return np.zeros_like(load.tokens)
         share = self.shape.experts_per_token / self.shape.experts
         blind = min(self.plan.stream_depth / groups, 1)
         hit = blind + (1 - blind) * (1 - (1 - share) ** (load.tokens * self.plan.group_experts))
         kept = min((self.plan.groups - groups) * self.plan.group_experts, self.shape.experts)
-        return hit * self.shape.moe_layers * (self.shape.experts - kept) * self.footprint.expert
+        return hit * self.shape.moe_layers * (self.shape.experts - kept)
 
     @property
     def _dense_layer(self) -> float:
@@ -182,6 +182,11 @@ class CostModel:
     @cached_property
     def _decode_curve(self) -> Curve:
         return on(self.rates.decode_bytes_per_s, self.heads_per_kv_head)
+
+    @cached_property
+    def _stored_share(self) -> float:
+        """Bytes on disk for each byte in memory, of experts in few bits; others are taken to be as in memory."""
+        return self.footprint.expert_stored / self.footprint.expert if self.shape.in_few_bits else 1.0
 
     @cached_property
     def _disk_rate(self) -> float:

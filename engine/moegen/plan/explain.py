@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from moegen.plan.curve import Surface
+from moegen.plan.footprint import Footprint
 from moegen.plan.machine import Machine
 from moegen.plan.outlook import Outlook
 from moegen.plan.plan import MemoryUse, Plan
@@ -24,6 +25,8 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
         f"model     {shape.model_type}: {shape.layers} layers, {moe}, {shape.weights / 1e6:,.1f} M parameters, "
         f"{shape.active_weights / 1e6:,.1f} M active, stored as {shape.dtype}",
     ]
+    if shape.moe_layers:
+        lines.insert(1, _expert(shape, plan))
     heads = format_bytes(shape.kv_per_token * DTYPE_BYTES[plan.kv_dtype])
     if shape.latent_kv_per_token is None:
         return [*lines, f"KV        {heads} per token"]
@@ -35,6 +38,17 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
             f"KV        {latent} per token, kept as latents: expanded heads would take {ratio:.1f} times that",
         ]
     return [*lines, f"KV        {heads} per token, kept as expanded heads: {ratio:.1f} times the latent's {latent}"]
+
+
+def _expert(shape: ModelShape, plan: Plan) -> str:
+    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+    stored = shape.stored_format or shape.dtype
+    kept = shape.stored_format or (plan.expert_dtype if shape.kept_as == "as_stored" else shape.kept_as)
+    expanded = footprint.expert_elements * DTYPE_BYTES[plan.compute_dtype]
+    return (
+        f"expert    {format_bytes(footprint.expert_stored)} as stored ({stored}), {format_bytes(footprint.expert)} in "
+        f"memory ({kept}), {format_bytes(expanded)} expanded to {plan.compute_dtype}"
+    )
 
 
 def _machine(machine: Machine) -> list[str]:
@@ -99,7 +113,11 @@ def _promise(machine: Machine, outlook: Outlook) -> list[str]:
     ]
     more = {"host": outlook.host_gib_tokens_per_s, "device": outlook.device_gib_tokens_per_s}
     gains = ", ".join(f"{where} {gain:+,.1f}" for where, gain in more.items() if gain is not None)
-    return [*lines, f"          one more GiB of memory would change tokens/s by: {gains}"]
+    lines.append(f"          one more GiB of memory would change tokens/s by: {gains}")
+    if outlook.few_bits_tokens_per_s:
+        fewer = ", ".join(f"{name} {gain:+,.1f}" for name, gain in outlook.few_bits_tokens_per_s.items())
+        lines.append(f"          experts in few bits would change tokens/s by: {fewer}")
+    return lines
 
 
 def _shares(seconds_by_term: dict[str, float], seconds: float) -> list[str]:

@@ -12,6 +12,7 @@ _GROUP_BYTES = (16 << 20, 100 << 20)
 _GROUPS_OF_A_LAYER = 16
 _LOGIT_BYTES = 128 << 20
 _LATENT_BYTES = 128 << 20  # of queries absorbed or heads expanded at once, with their answers
+_WITH_SCALES = 1.06  # bytes in memory of weights in few bits, over those of their codes: scales are wider there
 _TOKENIZER_BYTES = 512  # per entry of the vocabulary: strings, ids and merges
 
 
@@ -40,10 +41,11 @@ class Footprint:
     def dense(self) -> int:
         """Weights outside the experts: linear layers as experts are kept, embeddings in the dtype of arithmetic."""
         embedding = self.shape.vocab_size * self.shape.hidden_size
-        linear = self.shape.weights - self.shape.expert_weights - embedding
+        expanded = embedding + self.shape.coded_dense_weights  # their values need not be exact in the stored dtype
+        linear = self.shape.weights - self.shape.expert_weights - expanded
         if self.latent and self.compute_dtype == "float32":
             linear += self.shape.key_up_weights  # in a second layout, to be absorbed
-        return linear * DTYPE_BYTES[self.expert_dtype] + embedding * DTYPE_BYTES[self.compute_dtype]
+        return linear * DTYPE_BYTES[self.expert_dtype] + expanded * DTYPE_BYTES[self.compute_dtype]
 
     @property
     def dense_loading(self) -> int:
@@ -52,6 +54,8 @@ class Footprint:
 
     @property
     def experts(self) -> int:
+        if self.shape.in_few_bits:
+            return self.expert * self.shape.moe_layers * self.shape.experts
         return self.shape.expert_weights * DTYPE_BYTES[self.expert_dtype]
 
     @property
@@ -61,8 +65,18 @@ class Footprint:
 
     @property
     def expert(self) -> int:
-        """Bytes of one expert of one layer."""
-        return self.expert_elements * DTYPE_BYTES[self.expert_dtype]
+        """Bytes of one expert of one layer in memory."""
+        if not self.shape.in_few_bits:
+            return self.expert_elements * DTYPE_BYTES[self.expert_dtype]
+        return int(_WITH_SCALES * (self.expert_stored if self.shape.stored_format else self.expert_elements))
+
+    @property
+    def expert_stored(self) -> int:
+        """Bytes of one expert of one layer on disk: what is read when it moves."""
+        shape = self.shape
+        if shape.expert_stored_bytes is not None:
+            return shape.expert_stored_bytes // max(shape.moe_layers * shape.experts, 1)
+        return self.expert_elements * DTYPE_BYTES[shape.dtype]
 
     @property
     def group_experts(self) -> int:

@@ -25,6 +25,7 @@ class Outlook:
     prediction: Prediction | None = None
     host_gib_tokens_per_s: float | None = None  # what one more GiB of host memory would add
     device_gib_tokens_per_s: float | None = None
+    few_bits_tokens_per_s: dict[str, float] | None = None  # what plain experts in few bits would add
 
     @classmethod
     def of(cls, shape: ModelShape, machine: Machine, engine: Engine, dtype: str, workload: Workload | None) -> Outlook:
@@ -34,10 +35,7 @@ class Outlook:
             return cls(plan, workload)
 
         def with_more(host: int, device: int) -> float:
-            larger, asked = _larger(machine, engine, host, device)
-            return _predicted(
-                shape, larger, choose_plan(shape, larger, asked, dtype, workload), workload
-            ).generated_tokens_per_s
+            return _rate(shape, *_larger(machine, engine, host, device), dtype, workload)
 
         prediction = _predicted(shape, machine, plan, workload)
         return cls(
@@ -46,6 +44,11 @@ class Outlook:
             prediction,
             with_more(GIB, 0) - prediction.generated_tokens_per_s,
             with_more(0, GIB) - prediction.generated_tokens_per_s if machine.device != "cpu" else None,
+            {
+                name: _rate(other, machine, engine, dtype, workload) - prediction.generated_tokens_per_s
+                for name, other in _in_few_bits(shape).items()
+            }
+            or None,
         )
 
     def to_mapping(self) -> dict[str, Any]:
@@ -55,7 +58,25 @@ class Outlook:
             "prediction": None if self.prediction is None else self.prediction.to_mapping(),
             "host_gib_tokens_per_s": self.host_gib_tokens_per_s,
             "device_gib_tokens_per_s": self.device_gib_tokens_per_s,
+            "few_bits_tokens_per_s": self.few_bits_tokens_per_s,
         }
+
+
+def _in_few_bits(shape: ModelShape) -> dict[str, ModelShape]:
+    """What could be made of a model whose experts are plain."""
+    if not shape.moe_layers or shape.in_few_bits:
+        return {}
+    return {
+        "model.weights int8": shape.kept("int8"),
+        "a checkpoint in 8 bits": shape.stored_in(8),
+        "a checkpoint in 4 bits": shape.stored_in(4),
+    }
+
+
+def _rate(shape: ModelShape, machine: Machine, engine: Engine, dtype: str, workload: Workload) -> float:
+    """Generated tokens/s that are predicted for the best plan."""
+    plan = choose_plan(shape, machine, engine, dtype, workload)
+    return _predicted(shape, machine, plan, workload).generated_tokens_per_s
 
 
 def _predicted(shape: ModelShape, machine: Machine, plan: Plan, workload: Workload) -> Prediction:

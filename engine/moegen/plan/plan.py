@@ -63,6 +63,7 @@ class Plan:
     device_memory: MemoryUse  # all 0 on a CPU device
     prefix_tokens: int = 0  # that nearly all prompts begin with, in whole pages: computed once, shared by all rows
     latent_kv: bool = True  # layers with latent attention keep latents; else keys and values of all heads
+    weights: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become when they are loaded
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -214,6 +214,7 @@ class _Search:
             device_memory=device,
             prefix_tokens=self._prefix_tokens(fixed.page_tokens or _PAGE_TOKENS),
             latent_kv=footprint.latent_kv,
+            weights=footprint.shape.kept_as,
         )
 
     def _prefix_tokens(self, page_tokens: int) -> int:
@@ -302,6 +303,8 @@ def _compute_dtype(shape: ModelShape, machine: Machine, model_dtype: str, memory
     """The model's dtype, but float32 on a CPU that has no instructions for it, where the dense weights fit so."""
     if machine.device != "cpu" or model_dtype == "float32":
         return model_dtype
+    if shape.in_few_bits:
+        return "float32"  # to which the CPU's kernel expands codes
     dense = (shape.weights - shape.expert_weights) * 4
     return "float32" if _multiplies_faster_in_float32(machine, model_dtype) and dense <= memory // 3 else model_dtype
 

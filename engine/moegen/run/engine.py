@@ -25,6 +25,7 @@ from moegen.ops.likelihood import rate_continuations, token_logprobs
 from moegen.ops.link import Link
 from moegen.ops.micro_batch import MicroBatch
 from moegen.ops.sampling import sample
+from moegen.ops.weight_codes import OWN_CODINGS
 from moegen.plan.plan import Plan
 from moegen.row import RowError, Status
 from moegen.run.certify import certify
@@ -106,7 +107,7 @@ class Engine:
                 WeightHomes.settle(
                     sources,
                     checkpoint.files,
-                    Arithmetic(device, compute_dtype, expert_dtype),
+                    Arithmetic(device, compute_dtype, expert_dtype, OWN_CODINGS.get(plan.weights)),
                     group_experts=plan.group_experts,
                     resident_groups=plan.resident_groups,
                     host_groups=plan.host_groups,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -180,6 +181,7 @@ class TableWriter:
         journaled: Totals | None = None,
         max_error_rate: float = 1.0,
         register: Callable[[Manifest], object] | None = None,
+        weights: dict[str, Any] | None = None,
     ) -> Manifest:
         """Proves rows in = rows out, then writes the manifest and, unless too many rows failed, `_SUCCESS`.
 
@@ -189,6 +191,7 @@ class TableWriter:
             journaled: counts of the rows that this run found in the journal.
             max_error_rate: failed rows as a share of all, up to which the job has succeeded.
             register: called between manifest and `_SUCCESS`.
+            weights: what it cost to keep experts otherwise than they are stored, if they were.
 
         Raises:
             MoegenError: rows are missing.
@@ -228,6 +231,7 @@ class TableWriter:
             dedup_rows=totals.dedup_rows,
             dedup_tokens=totals.dedup_tokens,
             create_only=self._lease is None or self._lease.exclusive,
+            weights=weights,
         )
         write_manifest(self._folder.spec.uri, manifest, success=totals.error_rate <= max_error_rate, register=register)
         return manifest
