@@ -72,11 +72,8 @@ class OutputFolder:
 
     def clear(self) -> None:
         """Removes every part, the manifest, `_SUCCESS` and what is kept for resuming, whatever work they are of."""
-        for name in [
-            SUCCESS_NAME,
-            MANIFEST_NAME,
-            *part_names(self.spec.uri, self.spec.partition_by),
-        ]:  # the proof first
+        parts = {*part_names(self.spec.uri, self.spec.partition_by), *self._listed_parts()}
+        for name in [SUCCESS_NAME, MANIFEST_NAME, *sorted(parts)]:  # the proof goes first
             remove(self._uri(name))
         for uri in list_below(self._uri(BATCH_NAME)):
             if not uri.rpartition("/")[2].startswith("lease-"):  # who runs stays known
