@@ -68,7 +68,7 @@ def _require_no_password(name: str, uri: str) -> None:
     """Specifications are kept, shown and logged."""
     if (found := _PASSWORD.search(uri)) is not None:
         raise SpecError(
-            f"{name}: the URI at {found[1]!r} holds a password; leave it out, and give credentials where the storage's "
+            f"{name}: the URI at {found[1]!r} holds credentials; leave them out, and give them where the storage's "
             "library looks for them (its environment variables or files)"
         )
 
