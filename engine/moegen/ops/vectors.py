@@ -86,7 +86,7 @@ def widen(typing, kind, source, to):  # type: ignore[no-untyped-def]
     """Copies the one element at `source` to `to`, as float32."""
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        store(b, as_float(b, args[1], kind, vector=False), args[2])
+        store(b, as_float(b, args[1], kind), args[2])
         return context.get_dummy_value()
 
     return types.void(kind, types.intp, types.intp), generate
@@ -171,10 +171,13 @@ def _product(  # type: ignore[no-untyped-def]
     ahead_stride, out, out_stride,
 ):  # fmt: skip
     size = nbytes(kind)
+    paired = kind != types.float32  # sums of even columns and of odd ones: so two bfloat16 are widened at once
     own = [i64(r) for r in range(rows - 1)] + [b.sub(given, i64(1))]  # a missing row is the one before it, once more
     outs = [[b.add(at(b, out, b.mul(out_stride, r), 4), i64(4 * LANES * v)) for v in range(2)] for r in own]
     is_fresh = b.icmp_signed("!=", fresh, i64(0))
     starts = [[b.select(is_fresh, vf(0.0), load(b, place, VF)) for place in row] for row in outs]
+    if paired:
+        starts = [_parted(b, *row) for row in starts]
     sums = [[cgutils.alloca_once_value(b, start) for start in row] for row in starts]
     with cgutils.for_range_slice(b, i64(0), depth, panel_rows, inc=True) as (done, piece):
         panel = b.add(load(b, at(b, panels, piece, 8), I64), offset)
@@ -185,15 +188,31 @@ def _product(  # type: ignore[no-untyped-def]
             for line in range(0, ahead_bytes, LINE_BYTES):
                 prefetch(b, b.add(ahead_row, i64(line)))
             place = at(b, panel, b.mul(loop.index, stride), size)
-            columns = [as_float(b, b.add(place, i64(v * LANES * size)), kind) for v in range(2)]
+            columns = (
+                halves(b, load(b, place, V32))
+                if paired
+                else [load(b, b.add(place, i64(v * LANES * size)), VF) for v in range(2)]
+            )
             column_x = at(b, x, b.add(done, loop.index), 4)
             for r in range(rows):
                 factor = splat(b, load(b, at(b, column_x, own[r], 4 * X_STRIDE), F32))
                 for column, sum_ in zip(columns, sums[r], strict=True):
                     b.store(call(b, "fma", factor, column, b.load(sum_)), sum_)
     for row, kept in zip(outs, sums, strict=True):
-        for place, sum_ in zip(row, kept, strict=True):
-            store(b, b.load(sum_), place)
+        ends = [b.load(sum_) for sum_ in kept]
+        for place, end in zip(row, _paired(b, *ends) if paired else ends, strict=True):
+            store(b, end, place)
+
+
+def _parted(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> list[ir.Value]:
+    """The even columns of two vectors, and the odd ones."""
+    return [b.shuffle_vector(first, second, v32(list(range(odd, BLOCK, 2)))) for odd in range(2)]
+
+
+def _paired(b: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> list[ir.Value]:
+    """The vectors that were parted."""
+    order = [column // 2 + column % 2 * LANES for column in range(BLOCK)]
+    return [b.shuffle_vector(even, odd, v32(half)) for half in (order[:LANES], order[LANES:])]
 
 
 @intrinsic
