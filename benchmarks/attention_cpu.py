@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from moegen.memory.kv_pool import KVPool, KVShape
 from moegen.ops.attention import AttentionRule, paged_attention
+from moegen.ops.host_memory import keep_freed_memory
 from moegen.plan.machine import Machine
 from moegen.schedule.step import AttentionBatch, Span
 
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention_cpu.json")
     args = parser.parse_args()
 
+    keep_freed_memory()  # as the engine does
     started = time.perf_counter()
     Work(Case(1, 8, 4, 8, args.page_tokens)).check()  # compiles
     compile_seconds = time.perf_counter() - started

@@ -4,7 +4,9 @@ Compiled with Numba at first use (and cached on disk), so that installing needs 
 bfloat16; arithmetic is float32. A task is one KV head over one piece of a sequence: all R query heads of the group meet
 a page while it is in cache. Both products are a few rows times a panel BLOCK columns wide: queries times a page's
 keys (transposed into a scratch panel), weights times its values. The softmax subtracts the running maximum (Milakov &
-Gimelshein 2018, "Online normalizer calculation for softmax"). While one page is worked on, the next is prefetched.
+Gimelshein 2018, "Online normalizer calculation for softmax"). A core waits for few lines of memory at a time, so they
+are asked for evenly: a block's values while its keys are scored, the next block's keys, or those of the thread's next
+task, while its values are added.
 
 Threads take tasks from one counter, so a ragged batch is balanced. Pieces are cut by the sequence's own length and
 merged in order: neither the number of threads nor the rest of the batch changes a bit of the result.
@@ -22,6 +24,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba.extending import register_jitable
 
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import numba_threads
@@ -30,9 +33,12 @@ from moegen.ops.vectors import (
     DEPTH,
     LANES,
     MAX_ROWS,
+    SOFT_ROWS,
     X_STRIDE,
+    add_scaled,
     clear,
     get,
+    get_float,
     product,
     put,
     scale,
@@ -66,31 +72,54 @@ class _Shape(NamedTuple):
     out_stride: int  # value_dim, up to whole blocks
 
 
+class _Spans(NamedTuple):
+    """Addresses: arrays would be counted, by all threads, whenever they are passed on."""
+
+    rows: int  # [S] the token's index
+    begins: int  # [S] the first token that the query sees
+    ends: int  # [S] the tokens
+    page_starts: int  # [S + 1]
+    page_ids: int
+    first_pieces: int  # [S + 1]
+    piece_spans: int  # [N] which span a piece is of
+    first_states: int  # [S + 1] of the pieces of spans that are more than one piece
+    keys: int
+    values: int
+    tasks: int  # how many
+
+
 class _Scratch(NamedTuple):
-    """Addresses of what one thread works in, float32 but for the table."""
+    """Addresses of what one thread works in, float32 but for the tables."""
 
     own: int  # [key_dim / DEPTH, R, X_STRIDE] queries
     flipped: int  # [key_dim, BLOCK] keys
     rest: int  # [DEPTH, BLOCK] the last columns of values
     scores: int  # [R, X_STRIDE] of DEPTH tokens
-    table: int  # [DEPTH + 1] addresses of panels
+    state: int  # of a span that is one piece
+    panels: int  # [DEPTH] addresses
+    aheads: int  # [DEPTH] addresses
 
 
 class _Piece(NamedTuple):
-    """Pages `first` to `end` of a sequence, which its query sees from token `low` to before `high`."""
+    """What a task is about: a KV head, and tokens `start` to `end` of a sequence whose query sees [low, high)."""
 
-    first: int
+    span: int
+    group: int
+    number: int
+    start: int
     end: int
     low: int
     high: int
+    first_id: int  # where the sequence's page ids begin
 
 
 class _State(NamedTuple):
-    """Addresses of the softmax state of one task: running maximum and sum `[R]`, weighted values `[R, out_stride]`."""
+    """Addresses of one KV head's softmax after a piece."""
 
-    best: int
-    total: int
-    acc: int
+    best: int  # [R] running maximum
+    total: int  # [R] running sum
+    shrink: int  # [R] factor of the last step
+    acc: int  # [R, out_stride] weighted values
 
 
 def kernel_reads(query: torch.Tensor, keys: torch.Tensor) -> bool:
@@ -108,10 +137,13 @@ def decode_attention(
 ) -> None:
     """Writes the attention of each span's query into its row of `out_THD`."""
     heads, groups, value_dim = query_THD.shape[1], keys_PGCD.shape[1], values_PGCD.shape[3]
+    repeat = heads // groups
     begins = np.maximum(spans.kv_lengths - rule.sliding_window, 0) if rule.sliding_window else 0 * spans.kv_lengths
     first_pieces = _first_pieces(begins, spans.kv_lengths, keys_PGCD.shape[2])
-    tasks = first_pieces[-1] * groups
-    out_SHD = torch.empty(len(spans.rows), heads, value_dim)
+    pieces = np.diff(first_pieces)
+    first_states = np.cumsum(np.append(0, np.where(pieces > 1, pieces, 0)))
+    in_place = out_THD.dtype == torch.float32 and out_THD.is_contiguous()
+    answer_THD = out_THD if in_place else torch.empty(out_THD.shape)
     sinks_H = torch.full((heads,), -math.inf) if rule.sinks_H is None else rule.sinks_H.float()
     with numba_threads() as threads:
         _decode(
@@ -125,16 +157,20 @@ def decode_attention(
             spans.page_starts,
             spans.page_ids,
             first_pieces,
-            np.repeat(np.arange(len(spans.rows)), np.diff(first_pieces)),
+            np.repeat(np.arange(len(pieces)), pieces),
+            first_states,
             np.float32(rule.scaling),
             np.float32(rule.softcap or 0),
             sinks_H.numpy(),
-            np.zeros(1 + out_SHD.shape[0] * groups, np.int64),
-            torch.empty(2, tasks, heads // groups).numpy(),
-            torch.empty(tasks, heads // groups, -(-value_dim // BLOCK) * BLOCK).numpy(),
-            out_SHD.numpy(),
+            np.zeros(1 + len(pieces) * groups, np.int64),
+            torch.empty(first_states[-1] * groups, _state_floats(repeat, value_dim)).numpy(),
+            torch.zeros(threads, _scratch_floats(repeat, query_THD.shape[2], value_dim)).numpy(),
+            np.zeros((threads, 2 * DEPTH), np.int64),
+            answer_THD.numpy(),
         )
-    out_THD[torch.from_numpy(spans.rows)] = out_SHD.to(out_THD.dtype)
+    if not in_place:
+        rows = torch.from_numpy(spans.rows)
+        out_THD[rows] = answer_THD[rows].to(out_THD.dtype)
 
 
 def _as_numpy(pages: torch.Tensor) -> npt.NDArray[np.generic]:
@@ -149,136 +185,209 @@ def _first_pieces(begins: Ints, lengths: Ints, page_tokens: int) -> Ints:
     return first_pieces
 
 
+@register_jitable
+def _state_floats(repeat: int, value_dim: int) -> int:
+    """What the softmax of one KV head takes."""
+    return (3 * repeat + LANES - 1) // LANES * LANES + repeat * ((value_dim + BLOCK - 1) // BLOCK * BLOCK)
+
+
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def _decode(  # type: ignore[no-untyped-def]
-    threads, query, keys, values, rows, begins, ends, page_starts, page_ids, first_pieces, piece_spans,
-    scaling, cap, sinks, counters, states, accs, out,
+    threads, query, keys, values, rows, begins, ends, page_starts, page_ids, first_pieces, piece_spans, first_states,
+    scaling, cap, sinks, counters, states, floats, tables, out,
 ):  # fmt: skip
-    for _ in numba.prange(threads):
+    for thread in numba.prange(threads):
+        shape = _shape(query, keys, values)
+        scratch = _lay_out(
+            shape, floats.ctypes.data + thread * floats.shape[1] * _FLOAT,
+            tables.ctypes.data + thread * tables.shape[1] * 8,
+        )  # fmt: skip
+        spans = _Spans(
+            rows.ctypes.data, begins.ctypes.data, ends.ctypes.data, page_starts.ctypes.data, page_ids.ctypes.data,
+            first_pieces.ctypes.data, piece_spans.ctypes.data, first_states.ctypes.data, keys.ctypes.data,
+            values.ctypes.data, len(piece_spans) * keys.shape[1],
+        )  # fmt: skip
         _work(
-            query, keys, values, rows, begins, ends, page_starts, page_ids, first_pieces, piece_spans,
-            scaling, cap, sinks, counters, states, accs, out,
+            keys.dtype.type(0), shape, scratch, spans, query.ctypes.data, scaling, cap, sinks.ctypes.data,
+            counters.ctypes.data, states.ctypes.data, out.ctypes.data,
         )  # fmt: skip
 
 
 @_jit
-def _work(  # type: ignore[no-untyped-def]
-    query, keys, values, rows, begins, ends, page_starts, page_ids, first_pieces, piece_spans,
-    scaling, cap, sinks, counters, states, accs, out,
-):  # fmt: skip
+def _work(kind, shape, scratch, spans, query, scaling, cap, sinks, counter, states, out):  # type: ignore[no-untyped-def]
     """Takes tasks until none is left; whoever ends the last piece of a span's KV head merges them."""
+    state_bytes = _state_floats(shape.repeat, shape.value_dim) * _FLOAT
+    task = take_number(counter)
+    while task < spans.tasks:
+        piece = _piece(task, shape, spans)
+        first_piece = get(spans.first_pieces + 8 * piece.span)
+        pieces = get(spans.first_pieces + 8 * piece.span + 8) - first_piece
+        first_state, step = scratch.state, state_bytes * shape.groups
+        if pieces > 1:
+            first_state = states + get(spans.first_states + 8 * piece.span) * step + piece.group * state_bytes
+        state = _state(shape, first_state + (piece.number - first_piece) * step)
+        row = (get(spans.rows + 8 * piece.span) * shape.groups + piece.group) * shape.repeat
+        _take_queries(shape, scratch, query, row, scaling)
+        task = _attend(kind, shape, scratch, spans, piece, cap, state, counter)
+        if take_number(counter + 8 * (1 + piece.span * shape.groups + piece.group)) + 1 == pieces:
+            own_sinks = sinks + piece.group * shape.repeat * _FLOAT
+            _merge(shape, first_state, step, pieces, own_sinks, out + row * shape.value_dim * _FLOAT)
+
+
+@_jit
+def _shape(query, keys, values):  # type: ignore[no-untyped-def]
     groups, page_tokens, key_dim = keys.shape[1:]
     value_dim, repeat = values.shape[3], query.shape[1] // groups
     tiles = (repeat + MAX_ROWS - 1) // MAX_ROWS
-    tile = (repeat + tiles - 1) // tiles
-    shape = _Shape(groups, repeat, tile, page_tokens, key_dim, value_dim, keys.itemsize, accs.shape[2])
-    depths = (key_dim + DEPTH - 1) // DEPTH
-    table = np.empty(DEPTH + 1, np.int64)
-    floats = np.zeros(16 + (key_dim + DEPTH) * BLOCK + (depths + 1) * repeat * X_STRIDE, np.float32)
-    flipped = (floats.ctypes.data + 63) // 64 * 64  # vectors that straddle cache lines cost twice
-    rest = flipped + key_dim * BLOCK * _FLOAT
+    out_stride = (value_dim + BLOCK - 1) // BLOCK * BLOCK
+    return _Shape(
+        groups, repeat, (repeat + tiles - 1) // tiles, page_tokens, key_dim, value_dim, keys.itemsize, out_stride
+    )
+
+
+def _scratch_floats(repeat: int, key_dim: int, value_dim: int) -> int:
+    """What a thread works in, as `_lay_out` cuts it."""
+    x_rows = (1 + -(-key_dim // DEPTH)) * repeat
+    return (key_dim + DEPTH) * BLOCK + x_rows * X_STRIDE + _state_floats(repeat, value_dim)
+
+
+@_jit
+def _lay_out(shape, floats, table):  # type: ignore[no-untyped-def]
+    """Where in the thread's memory what lies: everything begins with a cache line."""
+    flipped = floats
+    rest = flipped + shape.key_dim * BLOCK * _FLOAT
     scores = rest + DEPTH * BLOCK * _FLOAT
-    own = scores + repeat * X_STRIDE * _FLOAT
-    scratch = _Scratch(own, flipped, rest, scores, table.ctypes.data)
-    piece_pages = max(_PIECE_TOKENS // page_tokens, 1)
-    while True:
-        task = take_number(counters.ctypes.data)
-        if task >= accs.shape[0]:
-            break
-        number, group = task // groups, task % groups
-        span = piece_spans[number]
-        low, high = begins[span], ends[span]
-        first = low // page_tokens + (number - first_pieces[span]) * piece_pages
-        end = min(first + piece_pages, (high + page_tokens - 1) // page_tokens)
-        for r in range(repeat):
-            states[0, task, r] = -np.inf
-            states[1, task, r] = 0
-            for d in range(key_dim):
-                place = (d // DEPTH * repeat + r) * X_STRIDE + d % DEPTH
-                put(own + place * _FLOAT, query[rows[span], group * repeat + r, d] * scaling)
-        _attend(
-            keys.dtype.type(0),
-            shape,
-            scratch,
-            _Piece(first, end, low, high),
-            keys.ctypes.data + group * page_tokens * key_dim * shape.size,
-            values.ctypes.data + group * page_tokens * value_dim * shape.size,
-            page_ids[page_starts[span] :],
-            cap,
-            _State(
-                states.ctypes.data + task * repeat * _FLOAT,
-                states.ctypes.data + (accs.shape[0] + task) * repeat * _FLOAT,
-                accs.ctypes.data + task * repeat * shape.out_stride * _FLOAT,
-            ),
-        )
-        ended = take_number(counters.ctypes.data + 8 * (1 + span * groups + group)) + 1
-        if ended == first_pieces[span + 1] - first_pieces[span]:
-            some = slice(first_pieces[span] * groups + group, first_pieces[span + 1] * groups, groups)
-            for r in range(repeat):
-                head = group * repeat + r
-                _merge(states[0, some, r], states[1, some, r], accs[some, r], sinks[head], out[span, head])
+    own = scores + shape.repeat * X_STRIDE * _FLOAT
+    state = own + (shape.key_dim + DEPTH - 1) // DEPTH * shape.repeat * X_STRIDE * _FLOAT
+    return _Scratch(own, flipped, rest, scores, state, table, table + 8 * DEPTH)
 
 
 @_jit
-def _merge(best_N, total_N, acc_ND, sink, out_D):  # type: ignore[no-untyped-def]
-    """One head's answer, from the softmax states of its pieces and its sink."""
-    top = sink
-    for n in range(len(best_N)):
-        top = max(top, best_N[n])
-    sum_ = np.float32(math.exp(sink - top))
-    out_D[:] = 0
-    for n in range(len(best_N)):
-        factor = np.float32(math.exp(best_N[n] - top))
-        sum_ += factor * total_N[n]
-        for d in range(len(out_D)):
-            out_D[d] += factor * acc_ND[n, d]
-    for d in range(len(out_D)):
-        out_D[d] /= sum_
+def _piece(task, shape, spans):  # type: ignore[no-untyped-def]
+    """The task of this number."""
+    number, group = task // shape.groups, task % shape.groups
+    span = get(spans.piece_spans + 8 * number)
+    low, high, page_tokens = get(spans.begins + 8 * span), get(spans.ends + 8 * span), shape.page_tokens
+    piece_tokens = max(_PIECE_TOKENS // page_tokens, 1) * page_tokens
+    start = low // page_tokens * page_tokens + (number - get(spans.first_pieces + 8 * span)) * piece_tokens
+    end = min(start + piece_tokens, high)
+    if not _together(shape):  # nothing is softened before there is a token to see
+        start += max(low - start, 0) // BLOCK * BLOCK
+    return _Piece(span, group, number, start, end, low, high, get(spans.page_starts + 8 * span))
 
 
 @_jit
-def _attend(kind, shape, scratch, piece, keys, values, page_ids, cap, state):  # type: ignore[no-untyped-def]
-    """The softmax state of one KV head after a piece; `keys` and `values` are that head's in page 0."""
-    page_tokens, size = shape.page_tokens, shape.size
-    key_page, value_page = shape.groups * page_tokens * shape.key_dim, shape.groups * page_tokens * shape.value_dim
-    together = page_tokens % BLOCK == 0 and DEPTH % page_tokens == 0  # whole pages fill DEPTH tokens
-    last = piece.end - 1
+def _place(shape, spans, piece, token, pages, dim):  # type: ignore[no-untyped-def]
+    """The address of a token's row in its page of keys or values, `dim` wide."""
+    page = get(spans.page_ids + 8 * (piece.first_id + token // shape.page_tokens))
+    row = (page * shape.groups + piece.group) * shape.page_tokens + token % shape.page_tokens
+    return pages + row * dim * shape.size
+
+
+@_jit
+def _together(shape):  # type: ignore[no-untyped-def]
+    """Whether whole pages fill DEPTH tokens."""
+    return shape.page_tokens % BLOCK == 0 and DEPTH % shape.page_tokens == 0
+
+
+@_jit
+def _state(shape, address):  # type: ignore[no-untyped-def]
+    row = shape.repeat * _FLOAT
+    return _State(
+        address, address + row, address + 2 * row, address + (3 * shape.repeat + LANES - 1) // LANES * LANES * _FLOAT
+    )
+
+
+@_jit
+def _take_queries(shape, scratch, query, row, scaling):  # type: ignore[no-untyped-def]
+    """The query heads of a KV head, of which the first is row `row`, to where products want them."""
+    for r in range(shape.repeat):
+        for d in range(0, shape.key_dim, DEPTH):
+            source = query + ((row + r) * shape.key_dim + d) * _FLOAT
+            to = scratch.own + (d // DEPTH * shape.repeat + r) * X_STRIDE * _FLOAT
+            add_scaled(1, source, min(DEPTH, shape.key_dim - d), scaling, to)
+
+
+@_jit
+def _merge(shape, first_state, step, pieces, sinks, out):  # type: ignore[no-untyped-def]
+    """The answers of a KV head's query heads, from the softmax states of its pieces and their sinks."""
+    for r in range(shape.repeat):
+        sink = get_float(sinks + r * _FLOAT)
+        top = sink
+        for n in range(pieces):
+            top = max(top, get_float(_state(shape, first_state + n * step).best + r * _FLOAT))
+        sum_ = np.float32(math.exp(sink - top))
+        for n in range(pieces):
+            state = _state(shape, first_state + n * step)
+            factor = np.float32(math.exp(get_float(state.best + r * _FLOAT) - top))
+            sum_ += factor * get_float(state.total + r * _FLOAT)
+        for n in range(pieces):
+            state = _state(shape, first_state + n * step)
+            factor = np.float32(math.exp(get_float(state.best + r * _FLOAT) - top)) / sum_
+            acc = state.acc + r * shape.out_stride * _FLOAT
+            add_scaled(n == 0, acc, shape.value_dim, factor, out + r * shape.value_dim * _FLOAT)
+
+
+@_jit
+def _attend(kind, shape, scratch, spans, piece, cap, state, counter):  # type: ignore[no-untyped-def]
+    """Works through a piece, block by block, and returns the number of the thread's next task.
+
+    Memory is busy all the time: while a block's keys are scored its values are on their way, and while its values are
+    added the keys of the next block, which may be the next task's.
+    """
+    for r in range(shape.repeat):
+        put(state.best + r * _FLOAT, np.float32(-np.inf))
+        put(state.total + r * _FLOAT, np.float32(0))
     clear(state.acc, shape.repeat * shape.out_stride // LANES)
-    start, end = piece.first * page_tokens, min(piece.high, piece.end * page_tokens)
-    if not together:  # nothing is softened before there is a token to see
-        start += max(piece.low - start, 0) // BLOCK * BLOCK
-    while start < end:
-        stop = min(start + DEPTH, end)
-        if not together:
-            stop = min(stop, start - start % page_tokens + page_tokens)
+    start, task, then = piece.start, -1, piece
+    while start < piece.end:
+        stop = _block_end(shape, start, piece.end)
         for token in range(start, stop, BLOCK):
-            page, slot = token // page_tokens, token % page_tokens
-            key = keys + (page_ids[page] * key_page + slot * shape.key_dim) * size
-            ahead = keys + (page_ids[min(page + 1, last)] * key_page + slot * shape.key_dim) * size
-            _score(kind, shape, scratch, key, min(stop - token, BLOCK), token - start, ahead)
+            key = _place(shape, spans, piece, token, spans.keys, shape.key_dim)
+            value = _place(shape, spans, piece, token, spans.values, shape.value_dim)
+            _score(kind, shape, scratch, key, min(stop - token, BLOCK), token - start, value)
         _soften(shape, scratch, piece.low - start, stop - start, cap, state)
-        rows = min(page_tokens, DEPTH)
-        slot = start % page_tokens * shape.value_dim
-        for n in range((stop - start + rows - 1) // rows + 1):
-            page = page_ids[min(start // page_tokens + n, last)]
-            put(scratch.table + n * 8, values + (page * value_page + slot) * size)
+        following = stop
+        if stop == piece.end:
+            task = take_number(counter)
+            then = _piece(min(task, spans.tasks - 1), shape, spans)
+            following = then.start
+        rows = min(shape.page_tokens, DEPTH)
+        for n in range((stop - start + rows - 1) // rows):
+            value = _place(shape, spans, piece, start + n * rows, spans.values, shape.value_dim)
+            key = _place(shape, spans, then, min(following + n * rows, then.end - 1), spans.keys, shape.key_dim)
+            put(scratch.panels + n * 8, value)
+            put(scratch.aheads + n * 8, key)
         _add_values(kind, shape, scratch, stop - start, rows, state.acc)
         start = stop
+    return task
 
 
 @_jit
-def _score(kind, shape, scratch, key, tokens, column, ahead):  # type: ignore[no-untyped-def]
-    """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c; prefetches as many keys at `ahead`."""
+def _block_end(shape, start, end):  # type: ignore[no-untyped-def]
+    """At most DEPTH tokens make a block: several whole pages, blocks of about equal size, or a part of one page."""
+    page_tokens = shape.page_tokens
+    if not _together(shape):
+        return min(start + DEPTH, start - start % page_tokens + page_tokens, end)
+    pages = (end - start + page_tokens - 1) // page_tokens
+    blocks = (pages * page_tokens + DEPTH - 1) // DEPTH
+    return min(start + pages // blocks * page_tokens, end)
+
+
+@_jit
+def _score(kind, shape, scratch, key, tokens, column, value):  # type: ignore[no-untyped-def]
+    """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c; prefetches as many values."""
     _flip(kind, shape, key, tokens, scratch.flipped)
+    ahead_stride = BLOCK * shape.value_dim * shape.size // shape.key_dim
     for d in range(0, shape.key_dim, DEPTH):
         depth = min(DEPTH, shape.key_dim - d)
-        put(scratch.table, scratch.flipped + d * BLOCK * _FLOAT)
-        put(scratch.table + 8, ahead + d * BLOCK * shape.size)
+        put(scratch.panels, scratch.flipped + d * BLOCK * _FLOAT)
+        put(scratch.aheads, value + d * ahead_stride)
         for r in range(0, shape.repeat, shape.tile):
             product(
                 np.float32(0), kind, d == 0, min(shape.tile, shape.repeat - r), depth,
                 scratch.own + (d // DEPTH * shape.repeat + r) * X_STRIDE * _FLOAT,
-                scratch.table, depth, 0, BLOCK, BLOCK,
+                scratch.panels, depth, 0, BLOCK, scratch.aheads, 0, ahead_stride,
                 scratch.scores + (r * X_STRIDE + column) * _FLOAT, X_STRIDE,
             )  # fmt: skip
 
@@ -304,12 +413,14 @@ def _flip(kind, shape, key, tokens, flipped):  # type: ignore[no-untyped-def]
 def _soften(shape, scratch, low, tokens, cap, state):  # type: ignore[no-untyped-def]
     """Scores of `tokens` columns become weights; what was summed before shrinks to the new maximum."""
     vectors = (tokens + BLOCK - 1) // BLOCK * 2
-    for r in range(shape.repeat):
-        row = scratch.scores + r * X_STRIDE * _FLOAT
+    for r in range(0, shape.repeat, SOFT_ROWS):
+        row, rows, here = scratch.scores + r * X_STRIDE * _FLOAT, min(SOFT_ROWS, shape.repeat - r), r * _FLOAT
         if cap > 0:
-            softcap(row, vectors, cap)
-        shrink = soften(row, vectors, low, tokens, state.best + r * _FLOAT, state.total + r * _FLOAT)
-        scale(state.acc + r * shape.out_stride * _FLOAT, shape.out_stride // LANES, shrink)
+            for i in range(rows):
+                softcap(row + i * X_STRIDE * _FLOAT, vectors, cap)
+        soften(rows, row, vectors, low, tokens, state.best + here, state.total + here, state.shrink + here)
+    for r in range(shape.repeat):
+        scale(state.acc + r * shape.out_stride * _FLOAT, shape.out_stride // LANES, state.shrink + r * _FLOAT)
 
 
 @_jit
@@ -317,11 +428,13 @@ def _add_values(kind, shape, scratch, tokens, panel_rows, acc):  # type: ignore[
     """`acc[r] += sum over c < tokens of weights[r, c] * value[c]`, for the values at the addresses in the table."""
     dim = shape.value_dim
     whole = dim - dim % BLOCK
+    ahead_stride = BLOCK * shape.key_dim * shape.size // max(whole, BLOCK)
     for r in range(0, shape.repeat, shape.tile):
         rows, weights = min(shape.tile, shape.repeat - r), scratch.scores + r * X_STRIDE * _FLOAT
         for d in range(0, whole, BLOCK):
             product(
-                kind, kind, 0, rows, tokens, weights, scratch.table, panel_rows, d * shape.size, dim, dim,
+                kind, kind, 0, rows, tokens, weights, scratch.panels, panel_rows, d * shape.size, dim,
+                scratch.aheads, d // BLOCK * panel_rows * ahead_stride, ahead_stride,
                 acc + (r * shape.out_stride + d) * _FLOAT, shape.out_stride,
             )  # fmt: skip
     if whole < dim:
@@ -332,14 +445,13 @@ def _add_values(kind, shape, scratch, tokens, panel_rows, acc):  # type: ignore[
 def _add_rest(kind, shape, scratch, tokens, panel_rows, whole, acc):  # type: ignore[no-untyped-def]
     """The columns of values that are no whole block, through a copy."""
     for c in range(tokens):
-        value = get(scratch.table + c // panel_rows * 8) + c % panel_rows * shape.value_dim * shape.size
+        value = get(scratch.panels + c // panel_rows * 8) + c % panel_rows * shape.value_dim * shape.size
         for d in range(whole, shape.value_dim):
             widen(kind, value + d * shape.size, scratch.rest + (c * BLOCK + d - whole) * _FLOAT)
-    put(scratch.table, scratch.rest)
-    put(scratch.table + 8, scratch.rest)
+    put(scratch.panels, scratch.rest)
     for r in range(0, shape.repeat, shape.tile):
         product(
             np.float32(0), kind, 0, min(shape.tile, shape.repeat - r), tokens,
-            scratch.scores + r * X_STRIDE * _FLOAT, scratch.table, tokens, 0, BLOCK, 0,
+            scratch.scores + r * X_STRIDE * _FLOAT, scratch.panels, tokens, 0, BLOCK, scratch.aheads, 0, 0,
             acc + (r * shape.out_stride + whole) * _FLOAT, shape.out_stride,
         )  # fmt: skip

@@ -17,7 +17,7 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 4 if _FEATURES.get("neon") else 8  # float32 per vector
 LINE_BYTES = 64  # of a cache line
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I16, I32, F32))
+V32, VF = (ir.VectorType(kind, LANES) for kind in (I32, F32))
 
 
 def i64(value: int) -> ir.Constant:
@@ -53,8 +53,8 @@ def at(b: ir.IRBuilder, address: ir.Value, index: ir.Value | int, stride: int) -
 
 
 def load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
-    """What is at an address that is aligned to its elements at least."""
-    return b.load(b.inttoptr(address, kind.as_pointer()), align=2 if kind in (V16, I16) else 4)
+    """What is at an address that is aligned to its elements at least; words may be two bfloat16."""
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=2 if kind in (V32, I16) else 4)
 
 
 def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
@@ -67,13 +67,11 @@ def nbytes(kind: types.Type) -> int:
     return 4 if kind == types.float32 else 2
 
 
-def as_float(b: ir.IRBuilder, address: ir.Value, kind: types.Type, vector: bool = True) -> ir.Value:
-    """LANES elements, or one, as float32."""
+def as_float(b: ir.IRBuilder, address: ir.Value, kind: types.Type) -> ir.Value:
+    """The element there, as float32."""
     if kind == types.float32:
-        return load(b, address, VF if vector else F32)
-    bits = b.zext(load(b, address, V16 if vector else I16), V32 if vector else I32)
-    sixteen = v32([16] * LANES) if vector else ir.Constant(I32, 16)
-    return b.bitcast(b.shl(bits, sixteen), VF if vector else F32)
+        return load(b, address, F32)
+    return b.bitcast(b.shl(b.zext(load(b, address, I16), I32), ir.Constant(I32, 16)), F32)
 
 
 def halves(b: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:

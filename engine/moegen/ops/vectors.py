@@ -41,12 +41,13 @@ from moegen.ops.vector_ir import (
 BLOCK = 2 * LANES  # columns of a product
 MAX_ROWS = 6 if LANES == 8 else 8  # of a product: two accumulators each, in the 16 registers of AVX2 or 32 elsewhere
 DEPTH = 128  # of a product
+SOFT_ROWS = 4  # of a softmax
 X_STRIDE = DEPTH + 16  # elements: known when compiling, a whole number of cache lines, and no power of two
 
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 # Cephes' expf: e^x = 1 + x + x^2 P(x) for |x| <= ln 2 / 2.
 _EXP_P = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_EXP_FLOOR = -87.0  # e^x is taken as 0 below it
+_EXP_FLOOR = -87.0  # e^x is taken as e^-87 below it: the least of float32 that is not subnormal
 
 
 def _greater(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -69,8 +70,7 @@ def _reduce(b: ir.IRBuilder, vector: ir.Value, combine: Callable[..., ir.Value])
 
 def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """e^x for x <= 0, to about one unit in the last place."""
-    tiny = b.fcmp_ordered("<", x, vf(_EXP_FLOOR))
-    x = b.select(tiny, vf(_EXP_FLOOR), x)
+    x = _greater(b, x, vf(_EXP_FLOOR))
     power = call(b, "rint", b.fmul(x, vf(_LOG2_E)))
     rest = call(b, "fma", power, vf(-_LN2_LOW), call(b, "fma", power, vf(-_LN2_HIGH), x))
     series = vf(_EXP_P[0])
@@ -78,7 +78,7 @@ def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
         series = call(b, "fma", series, rest, vf(coefficient))
     series = b.fadd(call(b, "fma", series, b.fmul(rest, rest), rest), vf(1.0))
     exponent = b.shl(b.add(b.fptosi(power, V32), v32([127] * LANES)), v32([23] * LANES))
-    return b.select(tiny, vf(0.0), b.fmul(series, b.bitcast(exponent, VF)))
+    return b.fmul(series, b.bitcast(exponent, VF))
 
 
 @intrinsic
@@ -86,7 +86,7 @@ def widen(typing, kind, source, to):  # type: ignore[no-untyped-def]
     """Copies the one element at `source` to `to`, as float32."""
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        store(b, as_float(b, args[1], kind, vector=False), args[2])
+        store(b, as_float(b, args[1], kind), args[2])
         return context.get_dummy_value()
 
     return types.void(kind, types.intp, types.intp), generate
@@ -103,6 +103,16 @@ def get(typing, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def get_float(typing, address):  # type: ignore[no-untyped-def]
+    """The float32 at `address`."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return load(b, args[0], F32)
+
+    return types.float32(types.intp), generate
+
+
+@intrinsic
 def put(typing, address, value):  # type: ignore[no-untyped-def]
     """Stores an integer (8 bytes), or a float (4), at `address`."""
     stored = types.float32 if isinstance(value, types.Float) else types.intp
@@ -116,14 +126,15 @@ def put(typing, address, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def product(  # type: ignore[no-untyped-def]
-    typing, kind, ahead_kind, fresh, rows, depth, x, panels, panel_rows, offset, stride, ahead_stride, out, out_stride
-):
+    typing, kind, ahead_kind, fresh, rows, depth, x, panels, panel_rows, offset, stride, aheads, ahead_offset,
+    ahead_stride, out, out_stride,
+):  # fmt: skip
     """`out[r, :BLOCK] = sum over k < depth of x[r, k] * panel[k, :BLOCK]`; `+=` unless fresh.
 
     At most MAX_ROWS rows, X_STRIDE elements apart in `x`, and a depth of at most DEPTH. The panel is of `kind` and lies
-    in pieces of `panel_rows` rows, `offset` bytes after each address in the table `panels`. During each piece, as many
-    rows of `ahead_kind`, `ahead_stride` apart, are prefetched from the piece after it: the table has one address more
-    than pieces.
+    in pieces of `panel_rows` rows, `offset` bytes after each address in the table `panels`. At row k of a piece, BLOCK
+    elements of `ahead_kind` are prefetched, `ahead_offset + k * ahead_stride` bytes after the piece's address in the
+    table `aheads`.
     """
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -138,7 +149,7 @@ def product(  # type: ignore[no-untyped-def]
         b.position_at_end(none)
         return context.get_dummy_value()
 
-    return types.void(kind, ahead_kind, *[types.intp] * 11), generate
+    return types.void(kind, ahead_kind, *[types.intp] * 13), generate
 
 
 def _product_function(module: ir.Module, kind: types.Type, ahead_kind: types.Type, rows: int) -> ir.Function:
@@ -146,7 +157,7 @@ def _product_function(module: ir.Module, kind: types.Type, ahead_kind: types.Typ
     name = f"moegen_product_{kind}_{ahead_kind}_{rows}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 11), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 13), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     b = ir.IRBuilder(function.append_basic_block())
@@ -156,46 +167,52 @@ def _product_function(module: ir.Module, kind: types.Type, ahead_kind: types.Typ
 
 
 def _product(  # type: ignore[no-untyped-def]
-    b,
-    kind,
-    ahead_bytes,
-    rows,
-    fresh,
-    given,
-    depth,
-    x,
-    panels,
-    panel_rows,
-    offset,
-    stride,
-    ahead_stride,
-    out,
-    out_stride,
-):
+    b, kind, ahead_bytes, rows, fresh, given, depth, x, panels, panel_rows, offset, stride, aheads, ahead_offset,
+    ahead_stride, out, out_stride,
+):  # fmt: skip
     size = nbytes(kind)
+    paired = kind != types.float32  # sums of even columns and of odd ones: so two bfloat16 are widened at once
     own = [i64(r) for r in range(rows - 1)] + [b.sub(given, i64(1))]  # a missing row is the one before it, once more
     outs = [[b.add(at(b, out, b.mul(out_stride, r), 4), i64(4 * LANES * v)) for v in range(2)] for r in own]
     is_fresh = b.icmp_signed("!=", fresh, i64(0))
     starts = [[b.select(is_fresh, vf(0.0), load(b, place, VF)) for place in row] for row in outs]
+    if paired:
+        starts = [_parted(b, *row) for row in starts]
     sums = [[cgutils.alloca_once_value(b, start) for start in row] for row in starts]
     with cgutils.for_range_slice(b, i64(0), depth, panel_rows, inc=True) as (done, piece):
         panel = b.add(load(b, at(b, panels, piece, 8), I64), offset)
-        ahead = b.add(load(b, at(b, panels, b.add(piece, i64(1)), 8), I64), offset)
+        ahead = b.add(load(b, at(b, aheads, piece, 8), I64), ahead_offset)
         left = b.sub(depth, done)
         with cgutils.for_range(b, b.select(b.icmp_signed("<", left, panel_rows), left, panel_rows)) as loop:
-            next_row = at(b, ahead, b.mul(loop.index, ahead_stride), ahead_bytes // BLOCK)
+            ahead_row = b.add(ahead, b.mul(loop.index, ahead_stride))
             for line in range(0, ahead_bytes, LINE_BYTES):
-                prefetch(b, b.add(next_row, i64(line)))
+                prefetch(b, b.add(ahead_row, i64(line)))
             place = at(b, panel, b.mul(loop.index, stride), size)
-            columns = [as_float(b, b.add(place, i64(v * LANES * size)), kind) for v in range(2)]
+            columns = (
+                halves(b, load(b, place, V32))
+                if paired
+                else [load(b, b.add(place, i64(v * LANES * size)), VF) for v in range(2)]
+            )
             column_x = at(b, x, b.add(done, loop.index), 4)
             for r in range(rows):
                 factor = splat(b, load(b, at(b, column_x, own[r], 4 * X_STRIDE), F32))
                 for column, sum_ in zip(columns, sums[r], strict=True):
                     b.store(call(b, "fma", factor, column, b.load(sum_)), sum_)
     for row, kept in zip(outs, sums, strict=True):
-        for place, sum_ in zip(row, kept, strict=True):
-            store(b, b.load(sum_), place)
+        ends = [b.load(sum_) for sum_ in kept]
+        for place, end in zip(row, _paired(b, *ends) if paired else ends, strict=True):
+            store(b, end, place)
+
+
+def _parted(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> list[ir.Value]:
+    """The even columns of two vectors, and the odd ones."""
+    return [b.shuffle_vector(first, second, v32(list(range(odd, BLOCK, 2)))) for odd in range(2)]
+
+
+def _paired(b: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> list[ir.Value]:
+    """The vectors that were parted."""
+    order = [column // 2 + column % 2 * LANES for column in range(BLOCK)]
+    return [b.shuffle_vector(even, odd, v32(half)) for half in (order[:LANES], order[LANES:])]
 
 
 @intrinsic
@@ -237,18 +254,38 @@ def _transposed(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
 
 
 @intrinsic
+def add_scaled(typing, fresh, source, count, factor, to):  # type: ignore[no-untyped-def]
+    """`to[:count] += factor * source[:count]`; `=` if fresh."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        fresh, source, count, factor, to = args
+        is_fresh = b.icmp_signed("!=", fresh, i64(0))
+        vectors = b.sdiv(count, i64(LANES))
+        for kind, first, end in ((VF, i64(0), vectors), (F32, b.mul(vectors, i64(LANES)), count)):
+            with cgutils.for_range(b, end, start=first) as loop:
+                width = 4 * LANES if kind == VF else 4
+                place = at(b, to, loop.index, width)
+                factors = splat(b, factor) if kind == VF else factor
+                added = b.fmul(factors, load(b, at(b, source, loop.index, width), kind))
+                store(b, b.select(is_fresh, added, b.fadd(load(b, place, kind), added)), place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3, types.float32, types.intp), generate
+
+
+@intrinsic
 def scale(typing, row, vectors, factor):  # type: ignore[no-untyped-def]
-    """`row *= factor`."""
+    """`row *= factor`, which is at an address."""
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         row, vectors, factor = args
-        factors = splat(b, factor)
+        factors = splat(b, load(b, factor, F32))
         with cgutils.for_range(b, vectors) as loop:
             place = at(b, row, loop.index, 4 * LANES)
             store(b, b.fmul(load(b, place, VF), factors), place)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.float32), generate
+    return types.void(*[types.intp] * 3), generate
 
 
 @intrinsic
@@ -264,40 +301,58 @@ def clear(typing, row, vectors):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def soften(typing, row, vectors, low, high, best, total):  # type: ignore[no-untyped-def]
-    """One step of the online softmax: scores become weights relative to the new maximum. Returns the factor for sums.
+def soften(typing, rows, row, vectors, low, high, best, total, shrink):  # type: ignore[no-untyped-def]
+    """One step of the online softmax: scores become weights relative to the new maximum.
 
-    At least one column lies in [low, high); the others weigh 0. `best` and `total` are the addresses of the running
-    maximum and sum; sums of weighted values from before must be multiplied by the factor.
+    At most SOFT_ROWS rows, X_STRIDE elements apart; alone, each would mostly wait for itself. At least one column lies
+    in [low, high); the others weigh 0. `best`, `total` and `shrink` are the addresses of each row's running maximum and
+    sum, and of the factor by which sums of weighted values from before must be multiplied.
     """
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        row, vectors, low, high, best, total = args
-        before = splat(b, load(b, best, F32))
-        top, sum_ = cgutils.alloca_once_value(b, before), cgutils.alloca_once_value(b, vf(0.0))
-        low, high = (splat(b, b.trunc(bound, I32)) for bound in (low, high))
+        rows, row, vectors, low, high, best, total, shrink = args
+        # A missing row is the last one once more: all is read before anything is written, and written twice the same.
+        last = b.sub(rows, i64(1))
+        own = [b.select(b.icmp_signed("<", i64(r), last), i64(r), last) for r in range(SOFT_ROWS)]
+        bests, totals, shrinks = ([at(b, place, r, 4) for r in own] for place in (best, total, shrink))
+        starts = [at(b, row, r, 4 * X_STRIDE) for r in own]
+        bounds = [splat(b, b.trunc(bound, I32)) for bound in (low, high)]
+        before = [splat(b, load(b, place, F32)) for place in bests]
+        tops = [cgutils.alloca_once_value(b, value) for value in before]
         with cgutils.for_range(b, vectors) as loop:
-            place = at(b, row, loop.index, 4 * LANES)
-            first = splat(b, b.trunc(b.mul(loop.index, i64(LANES)), I32))
-            column = b.add(first, v32(list(range(LANES))))
-            inside = b.and_(b.icmp_signed(">=", column, low), b.icmp_signed("<", column, high))
-            score = b.select(inside, load(b, place, VF), vf(float("-inf")))
-            store(b, score, place)
-            b.store(_greater(b, score, b.load(top)), top)
-        maximum = _reduce(b, b.load(top), _greater)
-        after = splat(b, maximum)
+            inside = _inside(b, loop.index, *bounds)
+            for start, top in zip(starts, tops, strict=True):
+                score = b.select(inside, load(b, at(b, start, loop.index, 4 * LANES), VF), vf(float("-inf")))
+                b.store(_greater(b, score, b.load(top)), top)
+        maxima = [_reduce(b, b.load(top), _greater) for top in tops]
+        afters = [splat(b, maximum) for maximum in maxima]
+        sums = [cgutils.alloca_once_value(b, vf(0.0)) for _ in own]
         with cgutils.for_range(b, vectors) as loop:
-            place = at(b, row, loop.index, 4 * LANES)
-            weight = _exp(b, b.fsub(load(b, place, VF), after))
-            store(b, weight, place)
-            b.store(b.fadd(b.load(sum_), weight), sum_)
-        shrink = b.extract_element(_exp(b, b.fsub(before, after)), ir.Constant(I32, 0))
-        kept = b.fmul(shrink, load(b, total, F32))
-        store(b, b.fadd(kept, _reduce(b, b.load(sum_), _sum)), total)
-        store(b, maximum, best)
-        return shrink
+            inside = _inside(b, loop.index, *bounds)
+            places = [at(b, start, loop.index, 4 * LANES) for start in starts]
+            scores = [load(b, place, VF) for place in places]
+            for place, score, after, sum_ in zip(places, scores, afters, sums, strict=True):
+                weight = b.select(inside, _exp(b, b.fsub(score, after)), vf(0.0))
+                store(b, weight, place)
+                b.store(b.fadd(b.load(sum_), weight), sum_)
+        factors = [
+            b.extract_element(_exp(b, b.fsub(old, new)), ir.Constant(I32, 0))
+            for old, new in zip(before, afters, strict=True)
+        ]
+        kept = [b.fmul(factor, load(b, place, F32)) for factor, place in zip(factors, totals, strict=True)]
+        for r in range(SOFT_ROWS):
+            store(b, b.fadd(kept[r], _reduce(b, b.load(sums[r]), _sum)), totals[r])
+            store(b, maxima[r], bests[r])
+            store(b, factors[r], shrinks[r])
+        return context.get_dummy_value()
 
-    return types.float32(*[types.intp] * 6), generate
+    return types.void(*[types.intp] * 8), generate
+
+
+def _inside(b: ir.IRBuilder, vector: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Which columns of a row's vector lie in [low, high)."""
+    column = b.add(splat(b, b.trunc(b.mul(vector, i64(LANES)), I32)), v32(list(range(LANES))))
+    return b.and_(b.icmp_signed(">=", column, low), b.icmp_signed("<", column, high))
 
 
 @intrinsic
