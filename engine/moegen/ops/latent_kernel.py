@@ -29,15 +29,17 @@ from numba.extending import intrinsic
 
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import numba_threads
-from moegen.ops.vector_ir import as_float, i64, nbytes, store
+from moegen.ops.vector_ir import V16, V32, VF, i64, load, nbytes, store, v32
 from moegen.ops.vectors import (
     BLOCK,
     DEPTH,
     LANES,
     MAX_ROWS,
+    SOFT_ROWS,
     X_STRIDE,
     clear,
     get,
+    get_float,
     product,
     put,
     scale,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 _PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
 _BLOCK_HEADS = 8 * MAX_ROWS  # that one task works on: their queries and answers share a core's second-level cache
 _FLOAT = 4  # bytes
+_TABLE_ENTRIES = (DEPTH + 3 + 7) // 8 * 8  # addresses that a thread keeps, up to whole cache lines
 
 lock_kernel_cache()
 _jit = numba.njit(error_model="numpy")
@@ -76,6 +79,7 @@ class _Scratch(NamedTuple):
     flipped: int  # [width, BLOCK] keys
     panel: int  # [DEPTH, BLOCK] values
     scores: int  # [heads, X_STRIDE] of DEPTH tokens
+    shrink: int  # [heads] factors of what was summed before
     table: int  # [DEPTH + 1] addresses of keys, page by page
     panels: int  # [2] addresses of what is multiplied, and of what is prefetched
 
@@ -162,13 +166,17 @@ def _work(  # type: ignore[no-untyped-def]
     block_heads, all_heads = accs.shape[1], query.shape[1]
     blocks = (all_heads + block_heads - 1) // block_heads
     depths = (width + DEPTH - 1) // DEPTH
-    table, panels = np.empty(DEPTH + 1, np.int64), np.empty(2, np.int64)
-    floats = np.zeros(16 + (width + DEPTH) * BLOCK + (depths + 1) * block_heads * X_STRIDE, np.float32)
-    flipped = (floats.ctypes.data + 63) // 64 * 64  # vectors that straddle cache lines cost twice
+    floats = np.zeros(
+        16 + 2 * _TABLE_ENTRIES + (width + DEPTH) * BLOCK + (depths + 1) * block_heads * X_STRIDE + block_heads,
+        np.float32,
+    )
+    table = (floats.ctypes.data + 63) // 64 * 64  # vectors that straddle cache lines cost twice
+    flipped = table + 8 * _TABLE_ENTRIES
     panel = flipped + width * BLOCK * _FLOAT
     scores = panel + DEPTH * BLOCK * _FLOAT
     own = scores + block_heads * X_STRIDE * _FLOAT
-    scratch = _Scratch(own, flipped, panel, scores, table.ctypes.data, panels.ctypes.data)
+    shrink = own + depths * block_heads * X_STRIDE * _FLOAT
+    scratch = _Scratch(own, flipped, panel, scores, shrink, table, table + 8 * (DEPTH + 1))
     piece_pages = max(_PIECE_TOKENS // page_tokens, 1)
     while True:
         task = take_number(counters.ctypes.data)
@@ -271,7 +279,7 @@ def _score(kind, shape, scratch, key, tokens, column, ahead):  # type: ignore[no
             product(
                 np.float32(0), kind, d == 0, min(shape.tile, shape.heads - r), depth,
                 scratch.own + (d // DEPTH * shape.heads + r) * X_STRIDE * _FLOAT,
-                scratch.panels, depth, 0, BLOCK, BLOCK,
+                scratch.panels, depth, 0, BLOCK, scratch.panels + 8, 0, BLOCK * shape.size,
                 scratch.scores + (r * X_STRIDE + column) * _FLOAT, X_STRIDE,
             )  # fmt: skip
 
@@ -297,10 +305,14 @@ def _flip(kind, shape, key, tokens, flipped):  # type: ignore[no-untyped-def]
 def _soften(shape, scratch, low, tokens, state):  # type: ignore[no-untyped-def]
     """Scores of `tokens` columns become weights; what was summed before shrinks to the new maximum."""
     vectors = (tokens + BLOCK - 1) // BLOCK * 2
+    for r in range(0, shape.heads, SOFT_ROWS):
+        soften(
+            min(SOFT_ROWS, shape.heads - r), scratch.scores + r * X_STRIDE * _FLOAT, vectors, low, tokens,
+            state.best + r * _FLOAT, state.total + r * _FLOAT, scratch.shrink + r * _FLOAT,
+        )  # fmt: skip
     for r in range(shape.heads):
-        row = scratch.scores + r * X_STRIDE * _FLOAT
-        shrink = soften(row, vectors, low, tokens, state.best + r * _FLOAT, state.total + r * _FLOAT)
-        if shrink != 1:
+        shrink = scratch.shrink + r * _FLOAT
+        if get_float(shrink) != 1:
             scale(state.acc + r * shape.out_stride * _FLOAT, shape.out_stride // LANES, shrink)
 
 
@@ -311,7 +323,10 @@ def widen_block(typing, kind, source, to):  # type: ignore[no-untyped-def]
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         for vector in range(BLOCK // LANES):
             place = b.add(args[1], i64(vector * LANES * nbytes(kind)))
-            store(b, as_float(b, place, kind), b.add(args[2], i64(vector * LANES * _FLOAT)))
+            values = load(b, place, VF if kind == types.float32 else V16)
+            if kind != types.float32:
+                values = b.bitcast(b.shl(b.zext(values, V32), v32([16] * LANES)), VF)
+            store(b, values, b.add(args[2], i64(vector * LANES * _FLOAT)))
         return context.get_dummy_value()
 
     return types.void(kind, types.intp, types.intp), generate
@@ -323,8 +338,7 @@ def _add_values(kind, shape, scratch, tokens, panel_rows, acc):  # type: ignore[
 
     A panel of values is widened once for all heads.
     """
-    put(scratch.panels, scratch.panel)
-    put(scratch.panels + 8, scratch.panel)
+    put(scratch.panels, scratch.panel)  # where it is also prefetched: it is there
     for d in range(0, shape.rank, BLOCK):
         columns = min(BLOCK, shape.rank - d)
         for c in range(tokens):
@@ -337,6 +351,6 @@ def _add_values(kind, shape, scratch, tokens, panel_rows, acc):  # type: ignore[
         for r in range(0, shape.heads, shape.tile):
             product(
                 np.float32(0), kind, 0, min(shape.tile, shape.heads - r), tokens,
-                scratch.scores + r * X_STRIDE * _FLOAT, scratch.panels, tokens, 0, BLOCK, 0,
+                scratch.scores + r * X_STRIDE * _FLOAT, scratch.panels, tokens, 0, BLOCK, scratch.panels, 0, 0,
                 acc + (r * shape.out_stride + d) * _FLOAT, shape.out_stride,
             )  # fmt: skip

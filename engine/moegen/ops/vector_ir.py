@@ -17,7 +17,7 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 4 if _FEATURES.get("neon") else 8  # float32 per vector
 LINE_BYTES = 64  # of a cache line
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-V32, VF = (ir.VectorType(kind, LANES) for kind in (I32, F32))
+V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I16, I32, F32))
 
 
 def i64(value: int) -> ir.Constant:
@@ -54,7 +54,7 @@ def at(b: ir.IRBuilder, address: ir.Value, index: ir.Value | int, stride: int) -
 
 def load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     """What is at an address that is aligned to its elements at least; words may be two bfloat16."""
-    return b.load(b.inttoptr(address, kind.as_pointer()), align=2 if kind in (V32, I16) else 4)
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=2 if kind in (V16, V32, I16) else 4)
 
 
 def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
