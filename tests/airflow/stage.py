@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,22 @@ class Stage:
         folder = self.folder
         return {"input_uri": table, "output_uri": str(folder / "out" / output), "model_uri": str(folder / "model")}
 
+    def damaged_model(self) -> Path:
+        """A copy of the checkpoint that lacks the end of its weights; the path of the file."""
+        shutil.copytree(self.folder / "model", self.folder / "damaged")
+        weights = self.folder / "damaged" / "model.safetensors"
+        os.truncate(weights, 1000)
+        return weights
+
+    def mend(self, weights: Path) -> None:
+        shutil.copy(self.folder / "model" / weights.name, weights)
+
 
 def build_stage(folder: Path) -> Stage:
     stage = Stage(folder)
     tiny_checkpoint(folder / "model")
     stage.dags.mkdir()
-    for source in (*(HERE.parents[1] / "dags").glob("*.py"), HERE / "e2e_dags.py"):
+    for source in (*(HERE.parents[1] / "dags").glob("*.py"), *HERE.glob("*_dags.py"), HERE / "nights.py"):
         shutil.copy(source, stage.dags)
     stage.table("tickets", rows=40)
     return stage

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.provider.real_service import free_port, wait_until
 
@@ -48,6 +49,9 @@ class Standalone:
             "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "2",
             "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
+            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "600",
         }
 
     def __enter__(self) -> Standalone:
@@ -89,6 +93,22 @@ class Standalone:
         rooms = ("metadatabase", "scheduler", "triggerer", "dag_processor")
         return all(health.get(room, {}).get("status") == "healthy" for room in rooms)
 
+    def restart_triggerer(self) -> None:
+        """In order, as a redeploy does."""
+        (old,) = [child for child in psutil.Process(self._process.pid).children() if "triggerer" in child.cmdline()]
+        old.terminate()
+        wait_until(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, "the triggerer ends")
+        self._triggerer = subprocess.Popen(
+            [str(Path(sys.executable).parent / "airflow"), "triggerer"],
+            env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, process_group=self._process.pid,
+        )  # fmt: skip
+
+    def connect(self, connection_id: str, port: int) -> None:
+        """A connection to a job service on this machine."""
+        self.post(
+            "/connections", {"connection_id": connection_id, "conn_type": "moegen", "host": f"http://127.0.0.1:{port}"}
+        )
+
     def get(self, path: str) -> dict[str, Any]:
         return self.client.get(path).raise_for_status().json()
 
@@ -122,6 +142,11 @@ class Standalone:
     def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value") -> Any:
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}"
         return self.get(f"{path}?deserialize=true")["value"]
+
+    def find_xcom(self, dag_id: str, run_id: str, task_id: str, key: str) -> Any:
+        """None while there is none under this key."""
+        answer = self.client.get(f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}")
+        return None if answer.status_code == 404 else answer.raise_for_status().json()["value"]
 
     def logs(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1) -> str:
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{try_number}"

@@ -1,0 +1,204 @@
+"""The nights of nights.py on a running Airflow: one job in each, and in the morning what the documentation says.
+
+They mostly wait, so they happen at the same time, on three services; those that stop Airflow's triggerer or a service
+come last. `MOEGEN_NIGHTS=full` takes the lengths of the real thing: 20 clears, two minutes without a service.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from tests.airflow.guest import Guest
+from tests.airflow.lane import Lane
+from tests.airflow.nights import CLEARS, DOWN_S, NIGHTS, ROWS, Morning, Night
+
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(1500)]
+
+BY_NAME = {night.name: night for night in NIGHTS}
+Invite = Callable[..., Guest]
+
+
+@pytest.fixture(scope="module")
+def lanes(tmp_path_factory) -> Iterator[dict[str, Lane]]:
+    """Services: on `queue` all jobs wait for another, on `middle` they are caught half way, `frail` goes down."""
+    folder = tmp_path_factory.mktemp("lanes")
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Lane(folder / name)) for name in ("queue", "middle", "frail")}
+
+
+@pytest.fixture(scope="module")
+def invite(airflow, lanes, stage) -> Invite:
+    for lane in lanes.values():
+        airflow.connect(lane.name, lane.witness.port)
+
+    def invite(name: str, lane: str, **more: str) -> Guest:
+        return Guest(BY_NAME[name], airflow, lanes[lane], stage, **more)
+
+    return invite
+
+
+@pytest.fixture(scope="module")
+def guests(invite) -> dict[str, Guest]:
+    """Every night that has a task of its own, at its end."""
+    with ThreadPoolExecutor() as threads:
+        first = [threads.submit(nights, invite) for nights in (queued, half_way)]
+        guests = [guest for nights in first for guest in nights.result()]
+        last = [threads.submit(nights, invite) for nights in (frail, triggerer)]
+        guests += [guest for nights in last for guest in nights.result()]
+    for guest in guests:
+        guest.end()
+    return {guest.night.name: guest for guest in guests}
+
+
+# --- what happens ----------------------------------------------------------------------------------------------------
+
+
+def queued(invite: Invite) -> list[Guest]:
+    """Nights before the job has begun."""
+    events = {
+        "cleared_deferred": clear_often,
+        "cleared_running": clear_once,
+        "marked_waiting": Guest.mark_failed,
+        "cancelled_waiting": cancel_at_the_service,
+        "cancelled_deferred": cancel_at_the_service,
+        "timeout_waiting": wait_for_the_cancel,
+        "timeout_deferred": wait_for_the_cancel,
+        "execution_timeout": wait_for_the_cancel,
+    }
+    guests = [invite(name, "queue") for name in events]
+    with guests[0].lane.busy(), ThreadPoolExecutor() as threads:
+        for done in [
+            threads.submit(lambda guest, event: event(guest.begin()), guest, event)
+            for guest, event in zip(guests, events.values(), strict=True)
+        ]:
+            done.result()
+    return guests
+
+
+def clear_often(guest: Guest) -> None:
+    delays = random.Random(5)
+    for number in range(1, CLEARS + 1):
+        guest.wait_try(number)
+        time.sleep(delays.uniform(0, 3))
+        guest.clear()
+    guest.wait_try(CLEARS + 1)
+
+
+def clear_once(guest: Guest) -> None:
+    guest.clear()
+    guest.wait_try(2)
+
+
+def cancel_at_the_service(guest: Guest) -> None:
+    guest.lane.cancel(guest.key)
+    guest.wait_owner(2)
+
+
+def wait_for_the_cancel(guest: Guest) -> None:
+    guest.wait_job("cancelled")
+
+
+def half_way(invite: Invite) -> list[Guest]:
+    """Nights with some rows saved and some left, one after the other."""
+    lost = invite("lost_worker", "middle").begin()
+    with lost.lane.held(lost.key):
+        for process in lost.processes():
+            process.kill()
+        lost.wait_owner(2)
+
+    redeploy = invite("redeploy", "middle").begin()
+    with redeploy.lane.held(redeploy.key):
+        redeploy.processes()[0].terminate()
+        redeploy.wait_owner(2)
+
+    marked = invite("marked_deferred", "middle").begin()
+    with marked.lane.held(marked.key):
+        marked.wait_watched()
+        marked.mark_failed()
+        marked.wait_job("cancelled")
+
+    weights = marked.stage.damaged_model()
+    failures = [invite(f"failure_{way}", "middle", model="damaged").begin() for way in ("waiting", "deferred")]
+    for failure in failures:
+        failure.wait_job("failed")
+    marked.stage.mend(weights)
+    return [lost, redeploy, marked, *failures]
+
+
+def frail(invite: Invite) -> list[Guest]:
+    """Nights without a service: killed while a job runs and others queue, and back after a while."""
+    names = [f"{event}_{way}" for event in ("down", "restarted") for way in ("waiting", "deferred")]
+    with ThreadPoolExecutor() as threads:
+        guests = list(threads.map(lambda name: invite(name, "frail").begin(), names))
+    lane = guests[0].lane
+    lane.wait_saved()
+    lane.kill()
+    time.sleep(DOWN_S)
+    lane.start()
+    return guests
+
+
+def triggerer(invite: Invite) -> list[Guest]:
+    guest = invite("triggerer", "middle").begin()
+    with guest.lane.held(guest.key):
+        guest.wait_watched()
+        guest.airflow.restart_triggerer()
+    return [guest]
+
+
+# --- what has come of it ---------------------------------------------------------------------------------------------
+
+
+def expected(night: Night) -> Morning:
+    """The night as it was played: with more clears than one."""
+    more = CLEARS - 1 if night.name == "cleared_deferred" else 0
+    return dataclasses.replace(night.morning, tries=night.morning.tries + more)
+
+
+def found(guest: Guest, morning: Morning) -> None:
+    outcome = guest.outcome
+    assert outcome.cancels[0] in range(morning.cancels[0], max(morning.cancels) * guest.outcome.tries + 1)
+    assert dataclasses.replace(outcome, cancels=morning.cancels) == morning
+    assert guest.rows() == (list(range(ROWS)) if morning.job == "succeeded" else None)
+
+
+@pytest.mark.parametrize("night", [night for night in NIGHTS if not night.after], ids=lambda night: night.name)
+def test_a_night(guests, night):
+    guest = guests[night.name]
+    witness = guest.lane.witness
+    assert witness.submitted(guest.key) == 1
+    assert all(cancel.owner == cancel.job_owner for cancel in witness.cancels(guest.key))  # by no predecessor
+    found(guest, expected(night))
+
+
+@pytest.mark.parametrize("night", [night for night in NIGHTS if night.after], ids=lambda night: night.name)
+def test_a_night_after_the_end(guests, night):
+    guest = guests[night.after]
+    attempts = guest.job["attempts"]
+    guest.clear()
+    guest.wait_owner(guest.job["owner"] + 1)
+    guest.end()
+    assert guest.lane.witness.submitted(guest.key) == 1
+    assert guest.job["attempts"] == attempts
+    found(guest, night.morning)
+
+
+def test_what_was_saved_is_not_computed_again(guests):
+    assert 0 < guests["redeploy"].job["manifest"]["resumed_rows"] < ROWS
+    assert guests["lost_worker"].job["attempts"] == guests["triggerer"].job["attempts"] == 1
+
+
+def test_nothing_is_left_behind(guests, lanes):
+    keys = {guest.key for guest in guests.values()}
+    for lane in lanes.values():
+        jobs = {job["key"]: job["state"] for job in lane.jobs() if job["key"] != lane.BUSY}
+        assert jobs.keys() <= keys
+        assert not {"queued", "running"} & set(jobs.values())
+        assert lane.runners() == []
