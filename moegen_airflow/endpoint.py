@@ -57,18 +57,23 @@ class Endpoint:
 
 
 def _url(connection: Connection) -> str:
-    host = (connection.host or "").strip()
     where = f"connection {connection.conn_id}: host"
+    return service_url(connection.host or "", where, connection.schema or "http", connection.port)
+
+
+def service_url(host: str, where: str, scheme: str = "http", port: int | None = None) -> str:
+    """The service's URL of a host that may be one already. Raises `MoegenInputError`, beginning with `where`."""
+    host = host.strip()
     if not host:
         raise MoegenInputError(f"{where} is empty; give the service's URL, as in http://moegen:8080")
     try:
-        url = httpx.URL(host if "://" in host else f"{connection.schema or 'http'}://{host}")
+        url = httpx.URL(host if "://" in host else f"{scheme}://{host}")
     except httpx.InvalidURL as error:
         raise MoegenInputError(f"{where}: {host!r} is not a URL ({error}); write http://moegen:8080") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise MoegenInputError(f"{where}: {str(url)!r} cannot be used; give an http:// or https:// URL")
-    if url.port is None and connection.port:
-        url = url.copy_with(port=connection.port)
+    if url.port is None and port:
+        url = url.copy_with(port=port)
     return str(url).rstrip("/")
 
 

@@ -16,6 +16,7 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [{"integration-name": "moegen", "python-modules": ["moegen_airflow.operator"]}],
         "sensors": [{"integration-name": "moegen", "python-modules": ["moegen_airflow.sensor"]}],
         "triggers": [{"integration-name": "moegen", "python-modules": ["moegen_airflow.trigger"]}],
+        "task-decorators": [{"name": "moegen", "class-name": "moegen_airflow.decorator.moegen_task"}],
         "extra-links": ["moegen_airflow.link.MoegenJobLink"],
         "connection-types": [_CONNECTION_TYPE],
     }

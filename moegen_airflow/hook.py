@@ -70,6 +70,20 @@ class MoegenHook(BaseHook):
     async def asubmit_job(self, key: str, spec: Mapping[str, Any], owner: int = 0) -> Job:
         return _job(await self._asend(_submit(key, spec, owner)))
 
+    def preflight(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """What the service found out about a job without a device: `fingerprint` of specification and input, and more.
+
+        Raises besides:
+            MoegenInputError: no input or no row in it, no such column, no such model; the message says which.
+        """
+        found = _body(self._send(_preflight(spec)))
+        if not isinstance(found.get("fingerprint"), str):
+            raise MoegenUnavailableError(f"{self.endpoint.url}: the answer to a pre-flight has no fingerprint")
+        return found
+
+    async def apreflight(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        return _body(await self._asend(_preflight(spec)))
+
     def get_job(self, key: str) -> Job:
         return _job(self._send(_Call("GET", f"/v1/jobs/{key}")))
 
@@ -110,6 +124,13 @@ class MoegenHook(BaseHook):
     async def aget_logs(self, key: str, tail: int = 200) -> str:
         return (await self._asend(_Call("GET", f"/v1/jobs/{key}/logs", {"tail": tail}))).text
 
+    def get_new_log(self, key: str, offset: int = -1) -> tuple[str, int]:
+        """What the runner has printed after `offset` (-1: nothing yet), and the offset for the next call."""
+        return _log(self._send(_new_log(key, offset)))
+
+    async def aget_new_log(self, key: str, offset: int = -1) -> tuple[str, int]:
+        return _log(await self._asend(_new_log(key, offset)))
+
     def test_connection(self) -> tuple[bool, str]:
         """For the connection form: reaches the service, and checks the token."""
         try:
@@ -123,7 +144,7 @@ class MoegenHook(BaseHook):
         # A client per call: on_kill runs in a signal handler and must never meet a lock that this thread holds.
         with self.get_conn() as client:
             try:
-                return _checked(client.request(call.method, call.path, params=call.params, json=call.json))
+                return checked(client.request(call.method, call.path, **call.options(self.endpoint)))
             except httpx.HTTPError as error:
                 raise _unreachable(self.endpoint, error) from error
 
@@ -131,7 +152,7 @@ class MoegenHook(BaseHook):
         endpoint = await self.aendpoint()
         async with httpx.AsyncClient(**endpoint.client_options) as client:
             try:
-                return _checked(await client.request(call.method, call.path, params=call.params, json=call.json))
+                return checked(await client.request(call.method, call.path, **call.options(endpoint)))
             except httpx.HTTPError as error:
                 raise _unreachable(endpoint, error) from error
 
@@ -142,10 +163,28 @@ class _Call:
     path: str
     params: Mapping[str, Any] | None = None
     json: Any = None
+    least_timeout_s: float = 0.0  # of a call that may take the service longer than others
+
+    def options(self, endpoint: Endpoint) -> dict[str, Any]:
+        """Keyword arguments of httpx's `request`."""
+        timeout_s = max(endpoint.request_timeout_s, self.least_timeout_s)
+        return {"params": self.params, "json": self.json, "timeout": timeout_s}
 
 
 def _submit(key: str, spec: Mapping[str, Any], owner: int) -> _Call:
     return _Call("PUT", f"/v1/jobs/{key}", {"owner": owner}, dict(spec))
+
+
+def _preflight(spec: Mapping[str, Any]) -> _Call:
+    return _Call("POST", "/v1/preflight", json=dict(spec), least_timeout_s=120)  # it lists the input's files
+
+
+def _new_log(key: str, offset: int) -> _Call:
+    return _Call("GET", f"/v1/jobs/{key}/logs", {"offset": offset})
+
+
+def _log(response: httpx.Response) -> tuple[str, int]:
+    return response.text, int(response.headers.get("X-Log-Offset", "-1"))
 
 
 def _list(state: str | None) -> _Call:
@@ -157,8 +196,8 @@ def _unreachable(endpoint: Endpoint, error: httpx.HTTPError) -> MoegenUnavailabl
     return MoegenUnavailableError(f"no answer from {endpoint.url}: {why}; is `moegen serve` running and reachable?")
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
-    """The response, if it is a success."""
+def checked(response: httpx.Response) -> httpx.Response:
+    """The response, if it is a success; else raises what `MoegenHook` does."""
     if response.is_success:
         return response
     request = response.request

@@ -9,7 +9,6 @@ Invariants:
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from moegen_airflow.exceptions import (
@@ -18,12 +17,16 @@ from moegen_airflow.exceptions import (
     MoegenJobCancelledError,
     MoegenJobFailedError,
     MoegenJobNotFoundError,
+    MoegenPartialFailureError,
+    MoegenQueueTimeoutError,
     MoegenTimeoutError,
     MoegenTriggerEventError,
     MoegenUnavailableError,
 )
+from moegen_airflow.news import clock, progress_line
 
 MAX_FAILURES = 5
+TIMEOUTS = ("timeout", "queue_timeout")  # statuses of events after which the job may be cancelled
 
 Event = dict[str, Any]
 Job = dict[str, Any]
@@ -32,20 +35,27 @@ _ERRORS: dict[str, type[MoegenError]] = {
     "failed": MoegenJobFailedError,
     "cancelled": MoegenJobCancelledError,
     "timeout": MoegenTimeoutError,
+    "queue_timeout": MoegenQueueTimeoutError,
     "unavailable": MoegenUnavailableError,
     "missing": MoegenJobNotFoundError,
     "refused": MoegenInputError,
 }
-_FINAL_EXIT_CODES = (2, 64)  # of the runner: too many failed rows, a bad specification; a retry would end so again
+_FINAL: dict[object, type[MoegenError]] = {2: MoegenPartialFailureError, 64: MoegenInputError}
+"""What exit codes of a runner mean after which a retry would end in the same way."""
 
 
 class JobPoll:
-    """One wait for one job. Times are seconds since the epoch; the caller does the looking and the sleeping."""
+    """One wait for one job. Times are seconds since the epoch; the caller does the looking and the sleeping.
 
-    def __init__(self, key: str, end_time: float) -> None:
+    `queue_timeout`: how many seconds the job may stand in the queue; None: until `end_time`.
+    """
+
+    def __init__(self, key: str, end_time: float, queue_timeout: float | None = None) -> None:
         self.key = key
         self.end_time = end_time
+        self.queue_timeout = queue_timeout
         self.failures = 0
+        self._queue_end = float("inf")
         self._last_seen: object = None
 
     def step(self, answer: Job | MoegenError, now: float) -> tuple[Event | None, str | None]:
@@ -56,8 +66,8 @@ class JobPoll:
         return self._answered(answer, now), self._news(answer, now)
 
     def delay_s(self, poll_interval_s: float, now: float) -> float:
-        """How long to sleep: never past the deadline."""
-        return max(0.0, min(poll_interval_s, self.end_time - now))
+        """How long to sleep: never past a deadline."""
+        return max(0.0, min(poll_interval_s, self.end_time - now, self._queue_end - now))
 
     def _answered(self, job: Job, now: float) -> Event | None:
         match job["state"]:
@@ -68,7 +78,18 @@ class JobPoll:
                 return self._event("failed", f"failed: {why}", exit_code=job.get("exit_code"))
             case "cancelled":
                 return self._event("cancelled", "was cancelled")
+        self._queue_end = self._queue_deadline(job, now)
+        if now >= self._queue_end:
+            place = job.get("queue_position", "?")
+            return self._event("queue_timeout", f"waited {self.queue_timeout:g} s in the queue and is number {place}")
         return self._deadline(now)
+
+    def _queue_deadline(self, job: Job, now: float) -> float:
+        """A job that has run is in the queue again for the service's own reasons, and keeps its place there."""
+        queued_at = job.get("queued_at") or now
+        if self.queue_timeout is None or job["state"] != "queued" or (job.get("started_at") or 0) > queued_at:
+            return float("inf")
+        return float(queued_at + self.queue_timeout)
 
     def _unanswered(self, error: MoegenError, now: float) -> Event | None:
         if isinstance(error, MoegenJobNotFoundError):
@@ -91,7 +112,7 @@ class JobPoll:
     def _deadline(self, now: float) -> Event | None:
         if now < self.end_time:
             return None
-        return self._event("timeout", f"did not end by {_clock(self.end_time)}")
+        return self._event("timeout", f"did not end by {clock(self.end_time)}")
 
     def _event(self, status: str, what: str = "", **more: Any) -> Event:
         message = f"job {self.key} {what}" if what else ""
@@ -113,9 +134,7 @@ def manifest_of(event: object) -> dict[str, Any]:
     if status not in _ERRORS:
         raise MoegenTriggerEventError(f"event status {status!r} is unknown; known are succeeded, {', '.join(_ERRORS)}")
     message = event.get("message") or f"job {key}: {status}"
-    if event.get("exit_code") in _FINAL_EXIT_CODES:
-        raise MoegenInputError(message)
-    raise _ERRORS[status](message)
+    raise _FINAL.get(event.get("exit_code"), _ERRORS[status])(message)
 
 
 def _manifest(event: Event) -> dict[str, Any]:
@@ -123,30 +142,3 @@ def _manifest(event: Event) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise MoegenTriggerEventError(f"job {event['key']} succeeded, but the service gave no manifest")
     return manifest
-
-
-def progress_line(job: Job, now: float) -> str:
-    """`1 240 000/5 000 000 rows (24.8 %) · 812 rows/s · ETA 04:37 UTC · 31 not ok`, or what comes before rows."""
-    if job["state"] == "queued":
-        return f"queued, position {job.get('queue_position', '?')}"
-    progress = job.get("progress") or {}
-    if not progress.get("rows_total"):
-        return f"{job['state']}, {progress.get('stage', 'starting')}"
-    done, total = progress["rows_done"], progress["rows_total"]
-    state = "" if job["state"] == "running" else f"{job['state']}, "
-    parts = [f"{state}{_grouped(done)}/{_grouped(total)} rows ({100 * done / total:.1f} %)"]
-    if rate := progress.get("rows_per_s"):
-        parts.append(f"{rate:.1f} rows/s")
-    if job["state"] == "running" and (eta_s := progress.get("eta_s")):
-        parts.append(f"ETA {_clock(now + eta_s)}")
-    if not_ok := sum(count for status, count in (progress.get("statuses") or {}).items() if status != "ok"):
-        parts.append(f"{_grouped(not_ok)} not ok")
-    return " · ".join(parts)
-
-
-def _grouped(count: int) -> str:
-    return f"{count:,}".replace(",", " ")
-
-
-def _clock(time_s: float) -> str:
-    return f"{datetime.fromtimestamp(time_s, UTC):%H:%M} UTC"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseSensorOperator, PokeReturnValue, conf
 from airflow.sdk.exceptions import AirflowSensorTimeout
 
-from moegen_airflow.exceptions import MoegenTimeoutError
+from moegen_airflow.exceptions import MoegenError, MoegenTimeoutError
 from moegen_airflow.hook import MoegenHook
 from moegen_airflow.link import JOB_URL, MoegenJobLink
+from moegen_airflow.news import PROGRESS, progress_value
 from moegen_airflow.operator import DEFERRAL_PAD_S
 from moegen_airflow.poll import Event, JobPoll, manifest_of
 from moegen_airflow.trigger import MoegenBatchTrigger
@@ -25,7 +26,8 @@ class MoegenBatchSensor(BaseSensorOperator):
     """Succeeds, with the manifest as its value, when the job has succeeded; fails when the job failed or is unknown.
 
     `poke_interval`, `timeout` and `soft_fail` mean the same in poke, reschedule and deferrable mode. It only
-    watches: killing it, or its timeout, leaves the job running.
+    watches: killing it, or its timeout, leaves the job running. While it watches a job that the service has paused
+    goes on, and one with a lease is not paused.
 
     :param job_key: (templated) what `MoegenBatchOperator(wait_for_completion=False)` returned.
     :param moegen_conn_id: (templated) the service's connection.
@@ -63,7 +65,7 @@ class MoegenBatchSensor(BaseSensorOperator):
         return super().execute(context)
 
     def poke(self, context: Context) -> PokeReturnValue:
-        event = self._look()
+        event = self._look(context)
         if event is None:
             return PokeReturnValue(is_done=False)
         return PokeReturnValue(is_done=True, xcom_value=manifest_of(event))
@@ -84,8 +86,11 @@ class MoegenBatchSensor(BaseSensorOperator):
         )
         self.defer(trigger=trigger, method_name="execute_complete", timeout=self.timeout + DEFERRAL_PAD_S)
 
-    def _look(self) -> Event | None:
-        event, line = self._poll.step(self.hook.look(self.job_key), time.time())
+    def _look(self, context: Context) -> Event | None:
+        answer, now = self.hook.look(self.job_key), time.time()
+        event, line = self._poll.step(answer, now)
         if line:
             self.log.info("job %s: %s", self.job_key, line)
+        if line and not isinstance(answer, MoegenError):
+            context["ti"].xcom_push(key=PROGRESS, value=progress_value(answer, now))
         return event

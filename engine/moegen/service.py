@@ -18,16 +18,19 @@ import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 import moegen
 from moegen.answer.grammar import grammar_text
-from moegen.errors import MoegenError, SpecError
+from moegen.errors import InputError, MoegenError, SpecError, StorageError
 from moegen.job import records
 from moegen.job.allowed import AllowedUris
+from moegen.job.inbox import Inbox, TableConflict, TableTooLarge
+from moegen.job.preflight import preflight
 from moegen.job.records import KeyConflict, Record
+from moegen.job.results import result_lines
 from moegen.job.runner import Supervisor
 from moegen.job.store import JobStore
 from moegen.pages.routes import add_pages
@@ -89,6 +92,8 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
     registry = CollectorRegistry()
     registry.register(_Metrics(store))
     private = [Depends(_bearer(token))]
+    inbox = Inbox(store.state_dir)
+    readable = allowed.beside(str(inbox.folder.absolute()))
 
     @app.put("/v1/jobs/{key}", dependencies=private)
     async def put_job(key: str, request: Request, owner: Annotated[int, Query(ge=0)] = 0) -> JSONResponse:
@@ -97,7 +102,7 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
 
     def submit(key: str, body: bytes, owner: int) -> JSONResponse:
         spec = _specification(body)
-        allowed.check(spec)
+        readable.check(spec)
         grammar_text(spec)  # a form that cannot be compiled is refused now, not when the job's turn comes
         record, created = store.submit(key, spec, owner, time.time())
         supervisor.wake()
@@ -109,7 +114,12 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
 
     @app.get("/v1/jobs/{key}", dependencies=private)
     def get_job(key: str) -> dict[str, Any]:
-        return job_view(store, _known(store, key))
+        paused = _known(store, key).state is JobState.PAUSED
+        record = store.ask(key, time.time())
+        assert record is not None  # jobs are not removed
+        if paused:
+            supervisor.wake()
+        return job_view(store, record)
 
     @app.delete("/v1/jobs/{key}", dependencies=private)
     def delete_job(key: str, owner: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
@@ -117,8 +127,41 @@ def create_app(store: JobStore, supervisor: Supervisor, token: str | None, allow
         return job_view(store, store.update(key, lambda record: records.cancel(record, owner, time.time())))
 
     @app.get("/v1/jobs/{key}/logs", dependencies=private)
-    def get_logs(key: str, tail: Annotated[int, Query(ge=0)] = 200) -> PlainTextResponse:
-        return PlainTextResponse(store.log_tail(_known(store, key), tail))
+    def get_logs(
+        key: str,
+        tail: Annotated[int, Query(ge=0)] = 200,
+        offset: Annotated[int | None, Query(ge=-1, lt=1 << 62)] = None,
+    ) -> PlainTextResponse:
+        record = _known(store, key)
+        if offset is None:
+            return PlainTextResponse(store.log_tail(record, tail))
+        lines, end = store.log_after(record, offset)
+        return PlainTextResponse(lines.decode(errors="replace"), headers={"X-Log-Offset": str(end)})
+
+    @app.get("/v1/jobs/{key}/rows", dependencies=private)
+    def get_rows(key: str) -> StreamingResponse:
+        record = _known(store, key)
+        manifest = store.status(record).manifest
+        if record.state is not JobState.SUCCEEDED or manifest is None:
+            raise HTTPException(409, f"job {key!r} is {record.state.value}; its rows can be had once it has succeeded")
+        lines = result_lines(record.spec["output"]["uri"], manifest)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    @app.post("/v1/preflight", dependencies=private)
+    async def post_preflight(request: Request) -> dict[str, Any]:
+        body = await _body(request)
+        return await run_in_threadpool(look_ahead, body)
+
+    def look_ahead(body: bytes) -> dict[str, Any]:
+        spec = _specification(body)
+        readable.check(spec)
+        grammar_text(spec)
+        return asdict(preflight(spec))
+
+    @app.put("/v1/tables/{name}", dependencies=private)
+    async def put_table(name: str, request: Request) -> JSONResponse:
+        created = await inbox.put(name, request.stream())
+        return JSONResponse(inbox.uris(name), 201 if created else 200)
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -142,7 +185,8 @@ def job_view(store: JobStore, record: Record) -> dict[str, Any]:
     """The job as docs/http-api.md shows it."""
     status = store.status(record)
     queued = [waiting.key for waiting in store.queue()] if record.state is JobState.QUEUED else []
-    shown = ("key", "state", "owner", "created_at", "started_at", "ended_at", "attempts", "exit_code", "error")
+    times = ("created_at", "queued_at", "started_at", "ended_at")
+    shown = ("key", "state", "owner", *times, "attempts", "exit_code", "error")
     values = asdict(record)
     return {
         **{name: values[name] for name in shown},
@@ -202,8 +246,16 @@ async def _bad_request(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _moegen_error(request: Request, error: Exception) -> JSONResponse:
-    code = 409 if isinstance(error, KeyConflict) else 422 if isinstance(error, SpecError) else 500
+    code = next((code for kinds, code in _CODES.items() if isinstance(error, kinds)), 500)
     return JSONResponse({"detail": str(error)}, code)
+
+
+_CODES: dict[tuple[type[MoegenError], ...], int] = {
+    (KeyConflict, TableConflict): 409,
+    (TableTooLarge,): 413,
+    (SpecError, InputError): 422,
+    (StorageError,): 502,
+}
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

@@ -35,10 +35,14 @@ MAX_LOGPROBS = 20  # beside a generated token's own
 
 
 class JobState(StrEnum):
-    """A job's life: queued -> running -> one of the other three; failed and cancelled jobs can be resumed."""
+    """A job's life: queued -> running -> one of the last three; failed and cancelled jobs can be resumed.
+
+    A job whose lease ran out is paused, from either of the first two, until somebody asks for it.
+    """
 
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -55,10 +59,15 @@ def _require(ok: bool, name: str, value: object, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Who asked. Neither field changes the answers."""
+    """Who asked. No field changes the answers."""
 
     name: str = ""  # for people
     key: str = ""  # names the work, never the attempt; the service takes it from the URL
+    lease_hours: float | None = None  # the service pauses a job that nobody asked about for so long; None: never
+
+    def __post_init__(self) -> None:
+        hours = self.lease_hours
+        _require(hours is None or 0 < hours < math.inf, "job.lease_hours", hours, "give hours above 0, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -253,10 +262,13 @@ class Errors:
 
     on_row_error: Literal["record", "fail_fast"] = "record"  # fail_fast: the first row that fails ends the job
     max_error_rate: float = 0.05  # a larger share of failed rows ends the job after 1,000 rows, or denies it _SUCCESS
+    max_failed_rows: int | None = None  # one failed row more ends the job at once; None: only the share counts
     quarantine_after: int = 3  # crashes of the engine with a row in it, the last one with that row alone
 
     def __post_init__(self) -> None:
         _require(0 <= self.max_error_rate <= 1, "errors.max_error_rate", self.max_error_rate, "give a share in [0, 1]")
+        _require(self.max_failed_rows is None or self.max_failed_rows >= 0, "errors.max_failed_rows",
+                 self.max_failed_rows, "give 0 or more rows")  # fmt: skip
         _require(self.quarantine_after >= 2, "errors.quarantine_after", self.quarantine_after, "give 2 or more")
 
 

@@ -51,7 +51,7 @@ def test_asking_again_attaches(record: Record) -> None:
     assert records.submit(record, job(), 5, 9.0) == replace(record, owner=5)
 
 
-@pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
+@pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED, JobState.PAUSED])
 def test_asking_again_resumes_what_did_not_succeed(state: JobState) -> None:
     again = records.submit(ended(state), job(), 1, 9.0)
     assert (again.state, again.queued_at, again.created_at, again.attempts) == (JobState.QUEUED, 9.0, 1.0, 1)
@@ -61,6 +61,31 @@ def test_asking_again_resumes_what_did_not_succeed(state: JobState) -> None:
 def test_an_older_owner_changes_nothing() -> None:
     assert records.submit(ended(JobState.CANCELLED), job(), 0, 9.0) == ended(JobState.CANCELLED)
     assert records.cancel(running(owner=2), 1, 9.0) == running(owner=2)
+
+
+def test_a_newer_owner_brings_its_circumstances() -> None:
+    asked = {
+        "errors": {"max_failed_rows": 3},
+        "engine": {"host_memory": "1GiB"},
+        "job": {"name": "n", "lease_hours": 2},
+    }
+    again = records.submit(running(owner=1), JobSpec.from_mapping({**SPEC, **asked}), 2, 9.0)
+    assert again.state is JobState.RUNNING
+    assert (again.spec["errors"]["max_failed_rows"], again.spec["engine"]["host_memory"]) == (3, "1GiB")
+    assert again.spec["job"] == {"name": "", "key": "key", "lease_hours": 2.0}
+    cleared = JobSpec.from_mapping({**SPEC, "output": {"uri": "out", "mode": "create"}})
+    assert records.submit(queued(), cleared, 1, 9.0).spec["output"]["mode"] == "new_run"  # once decided
+
+
+def test_a_pause_ends_when_somebody_asks() -> None:
+    for record in (queued(1), running(1)):
+        paused = records.pause(record)
+        assert (paused.state, paused.owner) == (JobState.PAUSED, 1)
+        assert records.end_attempt(paused, paused.attempts, 75, None, 8.0) == paused
+        assert records.ask(paused, 9.0) == replace(record, state=JobState.QUEUED, queued_at=9.0)
+        assert records.cancel(paused, 1, 9.0).state is JobState.CANCELLED
+    for record in (ended(JobState.SUCCEEDED), ended(JobState.FAILED)):
+        assert records.pause(record) == records.ask(record, 9.0) == record
 
 
 def test_another_specification_is_a_conflict_whoever_asks() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import socket
 import threading
+import time
 from typing import Any
 
 import uvicorn
@@ -22,6 +25,9 @@ class FakeService:
         self.specs: dict[str, dict[str, Any]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.replies: list[Response] = []
+        self.input_version = "1"  # of whatever table a job names
+        self.output: dict[str, str | None] = {"output": "free", "output_detail": None}  # of whatever folder
+        self.log = ""  # of every job's runner
         self.on_get = lambda job: None  # moves a job just before it is shown
         self._socket = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(self._app(), log_level="error", ws="none", lifespan="off")
@@ -48,9 +54,9 @@ class FakeService:
     def add(self, key: str, state: str = "running", **fields: Any) -> dict[str, Any]:
         """A job; `fields` as in the contract."""
         job = {
-            "key": key, "name": "", "state": state, "owner": 0, "queue_position": 0, "created_at": 0.0,
-            "started_at": None, "ended_at": None, "attempts": 1, "exit_code": None, "error": None,
-            "output_uri": "", "progress": None, "manifest": None,
+            "key": key, "name": "", "state": state, "owner": 0, "queue_position": 0, "created_at": time.time(),
+            "queued_at": time.time(), "started_at": None, "ended_at": None, "attempts": 1, "exit_code": None,
+            "error": None, "output_uri": "", "progress": None, "manifest": None,
         }  # fmt: skip
         self.jobs[key] = job | fields
         return self.jobs[key]
@@ -96,24 +102,38 @@ class FakeService:
             return self._job(key)
 
         @app.get("/v1/jobs/{key}/logs")
-        def logs(key: str, tail: int = 200):
-            return PlainTextResponse(f"the last {tail} lines")
+        def logs(key: str, tail: int = 200, offset: int | None = None):
+            if offset is None:
+                return PlainTextResponse(f"the last {tail} lines")
+            text = self.log[offset:] if offset >= 0 else ""
+            return PlainTextResponse(text, headers={"X-Log-Offset": str(len(self.log))})
+
+        @app.post("/v1/preflight")
+        async def preflight(request: Request):
+            work = {name: value for name, value in (await request.json()).items() if name not in ("job", "errors")}
+            named = json.dumps([work, self.input_version], sort_keys=True)
+            fingerprint = hashlib.sha256(named.encode()).hexdigest()
+            return {"fingerprint": fingerprint, "files": 1, "size_bytes": 1, **self.output}
 
         return app
 
     def _submit(self, key: str, spec: dict[str, Any], owner: int) -> JSONResponse:
         if "max_tokens" not in spec["sampling"]:
             return JSONResponse({"detail": "sampling.max_tokens: missing; it has no default"}, 422)
-        if self.specs.setdefault(key, spec) != spec:
+        if _work(self.specs.setdefault(key, spec)) != _work(spec):
             return JSONResponse({"detail": f"key {key} belongs to another specification"}, 409)
         status = 200 if key in self.jobs else 201
         job = self.jobs.get(key) or self.add(key, "queued", queue_position=1)
         job["owner"] = max(owner, job["owner"])
         if job["state"] in ("failed", "cancelled"):
-            job["state"] = "queued"
+            job |= {"state": "queued", "queued_at": time.time()}
         return JSONResponse(job, status)
 
     def _job(self, key: str) -> JSONResponse:
         if key not in self.jobs:
             return JSONResponse({"detail": f"no job {key}"}, 404)
         return JSONResponse(self.jobs[key])
+
+
+def _work(spec: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name not in ("job", "errors", "engine", "output")}

@@ -8,11 +8,14 @@ from moegen_airflow.exceptions import (
     MoegenJobCancelledError,
     MoegenJobFailedError,
     MoegenJobNotFoundError,
+    MoegenPartialFailureError,
+    MoegenQueueTimeoutError,
     MoegenTimeoutError,
     MoegenTriggerEventError,
     MoegenUnavailableError,
 )
-from moegen_airflow.poll import MAX_FAILURES, JobPoll, manifest_of, progress_line
+from moegen_airflow.news import progress_line, progress_value
+from moegen_airflow.poll import MAX_FAILURES, JobPoll, manifest_of
 
 END = 1000.0
 MANIFEST = {"rows": 3}
@@ -69,6 +72,32 @@ def test_sleep_ends_at_the_deadline():
     assert poll.delay_s(30, END + 10) == 0
 
 
+def test_the_queue_s_own_deadline():
+    poll = JobPoll("k", END, queue_timeout=50)
+    assert poll.step(job("queued", queued_at=100.0), 149)[0] is None
+    assert poll.delay_s(30, 149) == 1
+    assert poll.step(job("queued", queued_at=100.0), 150)[0]["status"] == "queue_timeout"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [job("running", queued_at=100.0), job("queued", queued_at=100.0, started_at=120.0), job("paused", queued_at=100.0)],
+    ids=["running", "interrupted after its start", "paused"],
+)
+def test_a_job_that_has_had_the_device_is_not_late_in_the_queue(answer):
+    poll = JobPoll("k", END, queue_timeout=50)
+    assert poll.step(answer, 500)[0] is None
+    assert poll.delay_s(30, 500) == 30
+
+
+def test_progress_as_values():
+    progress = {"stage": "running", "rows_done": 2, "rows_total": 4, "eta_s": 60.0, "statuses": {"ok": 1, "error": 1}}
+    value = progress_value(job("running", progress=progress), now=0)
+    assert (value["eta"], value["rows_not_ok"], value["job_key"]) == ("1970-01-01T00:01:00+00:00", 1, "k")
+    assert progress_value(job("succeeded", progress=progress), now=0)["eta"] is None
+    assert progress_value(job("queued", queue_position=3), now=0)["queue_position"] == 3
+
+
 def test_a_line_per_change_only():
     poll = JobPoll("k", END)
     running = job("running", progress={"stage": "running", "rows_done": 1, "rows_total": 4, "rows_per_s": 2.0})
@@ -115,6 +144,7 @@ def test_progress_line_before_the_first_row(fields, line):
         ("failed", MoegenJobFailedError),
         ("cancelled", MoegenJobCancelledError),
         ("timeout", MoegenTimeoutError),
+        ("queue_timeout", MoegenQueueTimeoutError),
         ("unavailable", MoegenUnavailableError),
         ("missing", MoegenJobNotFoundError),
         ("refused", MoegenInputError),
@@ -126,9 +156,10 @@ def test_every_other_end_raises_its_own_error(status, error):
 
 
 def test_a_bad_specification_and_too_many_failed_rows_are_not_retried_but_other_failures_are():
-    for final in (2, 64):
-        with pytest.raises(AirflowFailException):
+    for final, error in ((2, MoegenPartialFailureError), (64, MoegenInputError)):
+        with pytest.raises(error) as caught:
             manifest_of({"status": "failed", "key": "k", "exit_code": final})
+        assert isinstance(caught.value, AirflowFailException)
     with pytest.raises(MoegenJobFailedError) as caught:
         manifest_of({"status": "failed", "key": "k", "exit_code": 70})
     assert not isinstance(caught.value, AirflowFailException)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from moegen.spec import JobSpec
+from pydantic import BaseModel
 
 from moegen_airflow.exceptions import MoegenInputError
 from moegen_airflow.operator import MoegenBatchOperator
@@ -19,7 +22,7 @@ def spec_of(**parameters):
 
 def key_of(ids=None, **parameters):
     ids = {"dag_id": "d", "task_id": "t", "run_id": "r"} | (ids or {})
-    return job_key(**ids, spec=spec_of(**parameters))
+    return job_key(**ids, fingerprint=json.dumps(spec_of(**parameters), sort_keys=True))  # as the service does
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,9 @@ def key_of(ids=None, **parameters):
         {"job_params": {"prompt": {"token_ids_column": "ids"}, "engine": {"plan": {"pass_tokens": 64}}}},
         {"sampling_params": {"max_tokens": 8, "temperature": 0.7, "stop": ["\n"], "seed": 3}},
         {"job_params": {"output_schema": {"type": "object", "properties": {"a": {"type": "string"}}}}},
+        {"output_schema": {"type": "object", "properties": {"a": {"type": "string"}}}},
+        {"choices": ["bug", "question"], "max_failed_rows": 0.01},
+        {"max_failed_rows": 10, "lease_hours": None},
         {"job_params": {"task": "classify", "choices": ["bug", "question"]}},
     ],
 )
@@ -50,13 +56,29 @@ def test_job_params_lie_over_everything():
     spec = spec_of(job_params={"sampling": {"top_p": 0.5}, "output": {"rows_per_part": 10}, "job": {"name": "mine"}})
     assert spec["sampling"] == {"max_tokens": 8, "top_p": 0.5}
     assert spec["output"] == {"uri": "out", "rows_per_part": 10}
-    assert spec["job"] == {"name": "mine"}
+    assert spec["job"] == {"name": "mine", "lease_hours": 6}
 
 
 def test_merge_replaces_lists_and_leaves_its_arguments_alone():
     base, over = {"a": {"b": [1, 2], "c": 1}}, {"a": {"b": [3]}}
     assert merge(base, over) == {"a": {"b": [3], "c": 1}}
     assert base == {"a": {"b": [1, 2], "c": 1}}
+
+
+def test_failed_rows_by_number_or_by_share():
+    assert spec_of()["errors"] == {}
+    assert spec_of(max_failed_rows=0)["errors"] == {"max_failed_rows": 0, "max_error_rate": 1.0}
+    assert spec_of(max_failed_rows=0.0)["errors"] == {"max_error_rate": 0.0}
+    for wrong in (-1, 1.5, True, "3"):
+        with pytest.raises(MoegenInputError, match="max_failed_rows"):
+            spec_of(max_failed_rows=wrong)
+
+
+def test_a_pydantic_model_is_its_schema():
+    class Ticket(BaseModel):
+        topic: str
+
+    assert spec_of(output_schema=Ticket)["output_schema"] == Ticket.model_json_schema()
 
 
 def test_same_work_same_key():

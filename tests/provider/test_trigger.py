@@ -4,11 +4,13 @@ import asyncio
 import time
 
 import pytest
+from airflow.sdk.execution_time.xcom import XCom
 from airflow.sdk.module_loading import import_string
 from airflow.sdk.serde import deserialize, serialize
 from fastapi.responses import JSONResponse
 
 from moegen_airflow.trigger import MoegenBatchTrigger
+from tests.provider.fake_task import TaskInstance
 
 
 def trigger(**parameters) -> MoegenBatchTrigger:
@@ -24,7 +26,14 @@ def fire(one: MoegenBatchTrigger) -> list[dict]:
 
 
 def test_round_trip():
-    one = trigger(owner=7, cancel_on_kill=True, end_time=1790000000.25)
+    one = trigger(
+        owner=7,
+        cancel_on_kill=True,
+        cancel_on_timeout=True,
+        end_time=1790000000.25,
+        queue_timeout=9,
+        stream_logs="full",
+    )
     path, kwargs = one.serialize()
     again = import_string(path)(**deserialize(serialize(kwargs)))
     assert again.serialize() == one.serialize()
@@ -71,7 +80,49 @@ def test_the_deadline_is_kept_to_however_long_the_interval(fake_service):
     began = time.monotonic()
     assert [event["status"] for event in fire(trigger(end_time=time.time() + 0.3, poll_interval=3600))] == ["timeout"]
     assert time.monotonic() - began < 10
-    assert "DELETE" not in fake_service.methods()  # the operator's to do: only it knows whether it may
+    assert fake_service.jobs["k"]["state"] == "running"
+
+
+@pytest.mark.parametrize(("owner", "state"), [(2, "cancelled"), (1, "queued")], ids=["owner", "superseded"])
+@pytest.mark.parametrize("late", [{"end_time": 0.0}, {"queue_timeout": 0.0}], ids=["timeout", "queue timeout"])
+def test_at_a_deadline_it_cancels_as_its_owner(fake_service, late, owner, state):
+    job = fake_service.add("k", "queued", owner=2)
+    (event,) = fire(trigger(owner=owner, cancel_on_timeout=True, **late))
+    assert event["status"] == next(iter(late)).replace("end_time", "timeout")
+    assert job["state"] == state
+
+
+def test_the_runner_s_log_and_progress(fake_service, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr(XCom, "set", lambda **what: pushed.append(what))
+    fake_service.add("k", "queued")
+    states = iter(["queued", "running", "succeeded"])
+
+    def move(job):
+        fake_service.log += f"{len(fake_service.log)} bytes before\n"
+        job.update(state=next(states), manifest={})
+
+    fake_service.on_get = move
+    one = trigger(stream_logs="full")
+    one._task_instance = TaskInstance(map_index=3)
+    fire(one)
+    log = capsys.readouterr().out
+    assert [what["value"]["state"] for what in pushed] == ["queued", "running", "succeeded"]
+    assert {(what["key"], what["task_id"], what["map_index"]) for what in pushed} == {("progress", "t", 3)}
+    assert "0 bytes before" not in log  # printed before anybody watched
+    assert "runner: 15 bytes before" in log
+
+
+def test_an_xcom_that_cannot_be_written_ends_nothing(fake_service, monkeypatch, capsys):
+    def refuse(**what):
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(XCom, "set", refuse)
+    fake_service.add("k", "succeeded", manifest={})
+    one = trigger()
+    one._task_instance = TaskInstance()
+    assert [event["status"] for event in fire(one)] == ["succeeded"]
+    assert "no connection" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

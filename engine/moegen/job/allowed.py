@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -22,6 +22,11 @@ class AllowedUris:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+
+    def beside(self, folder: str) -> AllowedUris:
+        """With a folder of the service's own, for tables and answers, where only some prefixes are allowed."""
+        inputs, outputs = ((*prefixes, folder) if prefixes else () for prefixes in (self.inputs, self.outputs))
+        return replace(self, inputs=inputs, outputs=outputs)
 
     def check(self, spec: JobSpec) -> None:
         """Raises `SpecError`, naming the field, when the job names a URI that it may not use."""

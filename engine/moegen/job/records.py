@@ -5,16 +5,19 @@ Invariants:
   its own attempt is the one that runs.
 - A request from an older owner changes nothing.
 - Jobs run in the order in which they were queued; an interrupted job keeps its place.
+- A job with a lease that nobody asks about does not hold the device: it is paused, and queued again when asked for.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moegen.errors import Interrupted, MoegenError, SpecError
 from moegen.spec import JOB_KEY, JobSpec, JobState
+from moegen.table.fingerprint import CIRCUMSTANCES
 
 MAX_BARREN_ATTEMPTS = 5  # runners lost in a row, without a row saved, before the job fails; a poison row takes four
 
@@ -66,25 +69,47 @@ def new(key: str, spec: JobSpec, owner: int, now: float) -> Record:
 
 
 def submit(record: Record, spec: JobSpec, owner: int, now: float) -> Record:
-    """The same job asked for again: a newer owner takes it over, and one that failed or was cancelled resumes.
+    """The same job asked for again: a newer owner takes it over, and one that does not run or wait resumes.
+
+    Circumstances that the newer owner asks for (its memory budget, its rules for failed rows) hold from the next
+    attempt on.
 
     Raises:
         KeyConflict: `spec` asks for other work than the record's.
     """
-    if _work(JobSpec.from_mapping(record.spec)) != _work(spec):
+    if work_of(JobSpec.from_mapping(record.spec)) != work_of(spec):
         raise KeyConflict(f"key: {record.key!r} belongs to another specification; use another key")
     if owner < record.owner:
         return record
-    record = replace(record, owner=owner)
-    if record.state not in (JobState.FAILED, JobState.CANCELLED):
+    record = replace(record, owner=owner, spec=_taken_over(record.spec, spec))
+    if record.state not in (JobState.FAILED, JobState.CANCELLED, JobState.PAUSED):
         return record
     return replace(
         record, state=JobState.QUEUED, queued_at=now, ended_at=None, exit_code=None, error=None, barren_attempts=0
     )
 
 
-def _work(spec: JobSpec) -> str:
-    return replace(spec, job=type(spec.job)()).to_json()  # who asks does not matter
+def work_of(spec: JobSpec) -> str:
+    """What a key stands for, as JSON: not who asks, under which circumstances, or whether to clear the output first."""
+    mapping = {name: value for name, value in spec.to_mapping().items() if name not in CIRCUMSTANCES}
+    mapping["output"] = {name: value for name, value in mapping["output"].items() if name != "mode"}
+    return json.dumps(mapping, sort_keys=True, separators=(",", ":"))
+
+
+def _taken_over(old: dict[str, Any], spec: JobSpec) -> dict[str, Any]:
+    new = spec.to_mapping()
+    circumstances = {name: new[name] for name in CIRCUMSTANCES if name != "job"}
+    return {**old, **circumstances, "job": {**old["job"], "lease_hours": new["job"]["lease_hours"]}}
+
+
+def pause(record: Record) -> Record:
+    """Nobody asked about the job for as long as its lease: what it has stays, and others may run."""
+    return replace(record, state=JobState.PAUSED) if record.state in (JobState.QUEUED, JobState.RUNNING) else record
+
+
+def ask(record: Record, now: float) -> Record:
+    """Somebody asked about the job: one that was paused goes to the end of the queue."""
+    return replace(record, state=JobState.QUEUED, queued_at=now) if record.state is JobState.PAUSED else record
 
 
 def cancel(record: Record, owner: int, now: float) -> Record:

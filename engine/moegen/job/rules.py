@@ -30,6 +30,7 @@ class Rules:
 
     def check_found(self) -> None:
         """Before the first row: what earlier runs left. Raises as `check_row`."""
+        self._check_count(self._meter.totals)
         self._check_rate()
         if (failed := self._meter.totals.failed) and self._errors.on_row_error == "fail_fast":
             statuses = ", ".join(f"{count} {status}" for status, count in failed.items())
@@ -42,7 +43,7 @@ class Rules:
         """After a row was counted.
 
         Raises:
-            TooManyErrors: it failed and no row may, or too many of the first 1,000 have.
+            TooManyErrors: it failed and no row may, it is one too many, or too many of the first 1,000 have.
         """
         if result.status.failed and self._errors.on_row_error == "fail_fast":
             code = f" ({result.error.code})" if result.error is not None else ""
@@ -50,7 +51,19 @@ class Rules:
                 f"row {result.row_index} has the status {result.status.value}{code}, and errors.on_row_error is "
                 "fail_fast; mend the row, or set record to go on from here"
             )
+        if result.status.failed:
+            self._check_count(self._meter.totals)
         self._check_rate()
+
+    def _check_count(self, totals: Totals) -> None:
+        allowed = self._errors.max_failed_rows
+        if allowed is not None and (count := sum(totals.failed.values())) > allowed:
+            statuses = ", ".join(f"{count} {status}" for status, count in totals.failed.items())
+            raise TooManyErrors(
+                f"{count} rows failed ({statuses}), more than errors.max_failed_rows {allowed} allows, so there is no "
+                "_SUCCESS; moegen inspect shows examples; with a larger errors.max_failed_rows the same job goes on "
+                "from here"
+            )
 
     def _check_rate(self) -> None:
         if not self._rate_checked and self._meter.totals.rows >= _CHECK_ROWS:
@@ -59,7 +72,8 @@ class Rules:
             self._check_share(self._meter.totals, self._meter.rows_seen)
 
     def check_end(self, totals: Totals) -> None:
-        """Raises `TooManyErrors` when more rows failed than `errors.max_error_rate` allows."""
+        """Raises `TooManyErrors` when more rows failed than the job allows."""
+        self._check_count(totals)
         self._check_share(totals, totals.rows)
 
     def _check_share(self, totals: Totals, rows: int) -> None:

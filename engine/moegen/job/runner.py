@@ -115,6 +115,7 @@ class Supervisor:
     def _loop(self) -> None:
         while not self._stopping.is_set():
             self._wake.clear()
+            self._pause_unwatched()
             record = self._store.start_next(time.time())
             if record is None:
                 self._wake.wait()
@@ -134,12 +135,18 @@ class Supervisor:
 
     def _wait(self, runner: Runner) -> int:
         while (exit_code := runner.exit_code(_POLL_S)) is None:
+            self._pause_unwatched()
             if self._stopping.is_set() or not self._wanted(runner.record):
                 runner.interrupt()
         return exit_code
 
+    def _pause_unwatched(self) -> None:
+        for record in self._store.pause_unwatched(time.time()):
+            hours = record.spec["job"]["lease_hours"]
+            log.info("job %s: paused: nobody asked about it for job.lease_hours, %g", record.key, hours)
+
     def _wanted(self, started: Record) -> bool:
-        """Whether this attempt is still the job's: it may have been cancelled, and asked for again, meanwhile."""
+        """Whether this attempt is still the job's: it may have been ended, and asked for again, meanwhile."""
         now = self._store.get(started.key)
         return now is not None and now.state is JobState.RUNNING and now.attempts == started.attempts
 

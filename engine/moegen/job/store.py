@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -47,6 +48,8 @@ class JobStore:
         self._jobs_dir = state_dir / "jobs"
         self._mutex = threading.Lock()
         self._records: dict[str, Record] = {}
+        self._asked: dict[str, float] = {}  # when a job was last asked about, in Unix seconds
+        self._opened_at = time.time()
         self._lock_file = _locked(state_dir)
         try:
             self._recover()
@@ -63,6 +66,7 @@ class JobStore:
     def submit(self, key: str, spec: JobSpec, owner: int, now: float) -> tuple[Record, bool]:
         """The job under `key`, and whether it is new. Raises as `records.new` and `records.submit`."""
         with self._mutex:
+            self._asked[key] = now
             known = self._records.get(key)
             record = records.submit(known, spec, owner, now) if known else records.new(key, spec, owner, now)
             return self._save(record), known is None
@@ -71,6 +75,26 @@ class JobStore:
         """The record after `change`. Raises `KeyError` when there is no such job."""
         with self._mutex:
             return self._save(change(self._records[key]))
+
+    def ask(self, key: str, now: float) -> Record | None:
+        """The job as `get` has it, for somebody who watches it: its lease begins anew, and a pause ends."""
+        with self._mutex:
+            if (record := self._records.get(key)) is None:
+                return None
+            self._asked[key] = now
+            return self._save(records.ask(record, now))
+
+    def pause_unwatched(self, now: float) -> list[Record]:
+        """Pauses the jobs that nobody asked about for as long as their leases, and says which."""
+        with self._mutex:
+            late = [record for record in self._records.values() if self._unwatched(record, now)]
+            return [self._save(records.pause(record)) for record in late]
+
+    def _unwatched(self, record: Record, now: float) -> bool:
+        hours = record.spec["job"].get("lease_hours")
+        if hours is None or record.state not in (JobState.QUEUED, JobState.RUNNING):
+            return False
+        return now - self._asked.get(record.key, self._opened_at) > 3600 * hours
 
     def start_next(self, now: float) -> Record | None:
         """Take the first job in the queue out of it, as running."""
@@ -117,6 +141,22 @@ class JobStore:
             file.seek(max(0, size - _TAIL_LIMIT_BYTES))
             tail = deque(file, maxlen=lines)
         return b"".join(tail).decode(errors="replace")
+
+    def log_after(self, record: Record, offset: int) -> tuple[bytes, int]:
+        """Whole lines that the runners printed after the first `offset` bytes, 1 MiB at most, and where they end.
+
+        Nothing, and the end of the log, for an `offset` below 0: where one begins who wants what comes from now on.
+        """
+        path = self.log_file(record.key)
+        size = path.stat().st_size if path.exists() else 0
+        if offset < 0 or offset >= size:
+            return b"", size
+        with path.open("rb") as file:
+            file.seek(offset)
+            lines = file.read(MIB)
+        # A line that is still being written is left for the next time, unless it is longer than any line should be.
+        whole = lines if len(lines) == MIB and b"\n" not in lines else lines[: lines.rfind(b"\n") + 1]
+        return whole, offset + len(whole)
 
     def observed(self, record: Record) -> Record:
         """The record with what its latest runner had done."""

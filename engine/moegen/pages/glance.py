@@ -61,6 +61,8 @@ class Glance:
         """Its state, and what that means just now."""
         if self.queue_position:
             return "next to run" if self.queue_position == 1 else f"number {self.queue_position} in the queue"
+        if self.state is JobState.PAUSED:
+            return "nobody asks about it"
         return "" if self.stage == self.state.value else self.stage
 
 

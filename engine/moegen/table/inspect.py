@@ -58,7 +58,7 @@ def inspect_output(uri: str, max_rows: int = 5, max_errors: int = 3) -> Inspecti
         success=SUCCESS_NAME in names,
         parts=len(parts),
         totals=sum((footer.totals for footer in footers), Totals()),
-        rows=list(_rows(parts[0], None, max_rows)),
+        rows=list(part_rows(parts[0], None, max_rows)),
         errors=_examples(parts, footers, max_errors),
     )
 
@@ -76,13 +76,13 @@ def _examples(parts: Sequence[str], footers: Sequence[Footer], limit: int) -> di
 
 def _errors(part: str, prefix: str) -> Iterator[tuple[str, ErrorExample]]:
     names = [prefix + name for name in ("row_index", "status", "error")]
-    for row in _rows(part, names, None):
+    for row in part_rows(part, names, None):
         row_index, status, error = (row[name] for name in names)
         if error is not None:
             yield error["code"], ErrorExample(row_index, status, error["message"], error["stage"])
 
 
-def _rows(part: str, names: Sequence[str] | None, limit: int | None) -> Iterator[dict[str, Any]]:
+def part_rows(part: str, names: Sequence[str] | None, limit: int | None) -> Iterator[dict[str, Any]]:
     """The first `limit` rows; a cell that Python has no value for is the code of its error in angle brackets."""
     source = ParquetSource(part, None) if part.endswith(".parquet") else ArrowSource(part, None)
     schema = source.schema if names is None else pa.schema([source.schema.field(name) for name in names])
