@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from airflow.sdk import DAG
+import json
+from pathlib import Path
+
+from airflow.sdk import DAG, task
 
 from moegen_airflow.operator import MoegenBatchOperator
 from moegen_airflow.sensor import MoegenBatchSensor
 
-URIS = {
-    "input_uri": "{{ params.input_uri }}",
-    "output_uri": "{{ params.output_uri }}/{{ task.task_id }}",
+PARAMS = {"input_uri": "", "output_uri": "", "model_uri": "", "shards": ""}
+COMMON = {
     "model_id": "{{ params.model_uri }}",
+    "prompt_column": "text",
+    "sampling_params": {"max_tokens": 8},
+    "poll_interval": 0.5,
 }
-PARAMS = {"input_uri": "", "output_uri": "", "model_uri": ""}
-SHORT = {"max_tokens": 8}
-
 
 with DAG("e2e_modes", schedule=None, params=PARAMS):
-    common = {"prompt_column": "text", "sampling_params": SHORT, "poll_interval": 0.5, **URIS}
-    waits = MoegenBatchOperator(task_id="waits", **common)
-    defers = MoegenBatchOperator(task_id="defers", deferrable=True, **common)
+    uris = {"input_uri": "{{ params.input_uri }}", "output_uri": "{{ params.output_uri }}/{{ task.task_id }}"}
+    waits = MoegenBatchOperator(task_id="waits", **uris, **COMMON)
+    defers = MoegenBatchOperator(task_id="defers", deferrable=True, **uris, **COMMON)
     ended = "{{ ti.xcom_pull('defers')['job_key'] }}"
     waits >> defers >> MoegenBatchSensor(task_id="watched", job_key=ended, poke_interval=1, timeout=120)
+
+with DAG("e2e_shards", schedule=None, params=PARAMS):
+
+    @task
+    def listed(params: dict) -> list[dict[str, str]]:
+        """As `moegen_shards` deals shards out, but by a list that can be changed between two clears."""
+        return json.loads(Path(params["shards"]).read_text())
+
+    MoegenBatchOperator.partial(task_id="answer", deferrable=True, **COMMON).expand_kwargs(listed())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Guest:
     lane: Lane
     stage: Stage
     model: str = "model"  # the checkpoint's folder on the stage
+    seen: list[dict[str, Any]] = field(default_factory=list)  # of the XCom `progress`, without repetitions
     run_id: str = field(init=False)
     key: str = field(init=False)
 
@@ -60,6 +62,16 @@ class Guest:
         """The rows of the output, if it is complete."""
         output = self.stage.folder / "out" / self.night.name
         return pq.read_table(output).column("row_index").to_pylist() if (output / "_SUCCESS").exists() else None
+
+    def note_progress(self) -> None:
+        """What the XCom `progress` says, if that is news."""
+        progress = self.airflow.find_xcom(*self.ids, key="progress")
+        if progress and progress not in self.seen:
+            self.seen.append(progress)
+
+    def log(self) -> str:
+        """Of the latest attempt."""
+        return json.dumps(json.loads(self.airflow.logs(*self.ids, self._try)), ensure_ascii=False)
 
     def processes(self) -> list[psutil.Process]:
         """Airflow's process on the worker, and the task's own below it."""

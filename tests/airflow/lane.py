@@ -160,7 +160,12 @@ class Lane(RealService):
     @contextmanager
     def busy(self) -> Iterator[None]:
         """Until the block ends a job has the device and computes nothing; all others queue."""
-        least = {"input": {"uri": "-"}, "prompt": {"column": "-"}, "model": {"uri": "-"}, "output": {"uri": "-"}}
+        least = {
+            "input": {"uri": "in"},
+            "prompt": {"column": "text"},
+            "model": {"uri": "model"},
+            "output": {"uri": "out"},
+        }
         job = f"{self.url}/v1/jobs/{self.BUSY}"
         httpx.put(job, json=least | {"sampling": {"max_tokens": 1}}).raise_for_status()
         wait_until(self.runners, "the runner has started", 60, 0.02)

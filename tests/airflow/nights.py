@@ -85,6 +85,7 @@ NIGHTS = (
     Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), {"retries": 1}),
     Night("triggerer", "Triggerer restarted or lost", "deferred", Morning()),
     *both("timeout", "`timeout` passed", CANCELLED, timeout=20),
+    *both("queue_timeout", "`queue_timeout` passed", CANCELLED, queue_timeout=10),
     Night("execution_timeout", "`execution_timeout` passed", "on a worker", CANCELLED, {"execution_timeout_s": 12}),
     *both("down", "Service unreachable", SECOND_TRY, retries=1, retry_delay_s=DOWN_S + 5),
     *both("restarted", "Service restarted", Morning(), poll_interval=DOWN_S / 3),

@@ -123,9 +123,13 @@ class Standalone:
     def run(self, dag_id: str, timeout_s: float = 400, **conf: Any) -> str:
         """A Dag run to its end; its id. Fails unless its state is success."""
         run_id = self.trigger(dag_id, **conf)
+        self.end(dag_id, run_id, timeout_s)
+        return run_id
+
+    def end(self, dag_id: str, run_id: str, timeout_s: float = 400) -> None:
+        """Waits for a Dag run's end; fails unless its state is success."""
         state = wait_until(lambda: self._end_of(dag_id, run_id), f"Dag run {dag_id} ends", timeout_s, 1)
         assert state == "success", self.why(dag_id, run_id)
-        return run_id
 
     def task(self, dag_id: str, run_id: str, task_id: str) -> dict[str, Any]:
         return self.get(f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}")
@@ -138,6 +142,15 @@ class Standalone:
     def clear(self, dag_id: str, run_id: str, task_id: str) -> None:
         body = {"dry_run": False, "dag_run_id": run_id, "task_ids": [task_id], "only_failed": False}
         self.post(f"/dags/{dag_id}/clearTaskInstances", body)
+
+    def clear_run(self, dag_id: str, run_id: str) -> None:
+        """All of its tasks; the run goes on from its first."""
+        self.post(f"/dags/{dag_id}/clearTaskInstances", {"dry_run": False, "dag_run_id": run_id, "only_failed": False})
+
+    def approve(self, dag_id: str, run_id: str, task_id: str) -> None:
+        """What the button in the browser does."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/-1/hitlDetails"
+        self.client.patch(path, json={"chosen_options": ["Approve"], "params_input": {}}).raise_for_status()
 
     def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value") -> Any:
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}"

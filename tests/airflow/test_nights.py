@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +72,8 @@ def queued(invite: Invite) -> list[Guest]:
         "cancelled_deferred": cancel_at_the_service,
         "timeout_waiting": wait_for_the_cancel,
         "timeout_deferred": wait_for_the_cancel,
+        "queue_timeout_waiting": wait_for_the_cancel,
+        "queue_timeout_deferred": wait_for_the_cancel,
         "execution_timeout": wait_for_the_cancel,
     }
     guests = [invite(name, "queue") for name in events]
@@ -124,11 +128,11 @@ def half_way(invite: Invite) -> list[Guest]:
         marked.mark_failed()
         marked.wait_job("cancelled")
 
-    weights = marked.stage.damaged_model()
-    failures = [invite(f"failure_{way}", "middle", model="damaged").begin() for way in ("waiting", "deferred")]
+    half = marked.stage.model_without_tokenizer()
+    failures = [invite(f"failure_{way}", "middle", model=half.name).begin() for way in ("waiting", "deferred")]
     for failure in failures:
         failure.wait_job("failed")
-    marked.stage.mend(weights)
+    shutil.copy(marked.stage.folder / "model" / "tokenizer.json", half)
     return [lost, redeploy, marked, *failures]
 
 
@@ -149,7 +153,11 @@ def triggerer(invite: Invite) -> list[Guest]:
     guest = invite("triggerer", "middle").begin()
     with guest.lane.held(guest.key):
         guest.wait_watched()
+        guest.note_progress()
         guest.airflow.restart_triggerer()
+    while guest.job["state"] == "running":
+        guest.note_progress()
+        time.sleep(0.2)
     return [guest]
 
 
@@ -193,6 +201,16 @@ def test_a_night_after_the_end(guests, night):
 def test_what_was_saved_is_not_computed_again(guests):
     assert 0 < guests["redeploy"].job["manifest"]["resumed_rows"] < ROWS
     assert guests["lost_worker"].job["attempts"] == guests["triggerer"].job["attempts"] == 1
+
+
+def test_a_deferred_task_tells_how_far_it_is(guests):
+    guest = guests["triggerer"]
+    rows = [progress["rows_done"] for progress in guest.seen]
+    assert rows == sorted(rows)
+    assert 0 < rows[0] < rows[-1] <= ROWS
+    assert {progress["rows_total"] for progress in guest.seen} == {ROWS}
+    line = r"\d+/24 rows \(\d+\.\d %\) · \d+\.\d rows/s · ETA \d\d:\d\d UTC"
+    assert len(set(re.findall(line, guest.log()))) > 1
 
 
 def test_nothing_is_left_behind(guests, lanes):
