@@ -15,6 +15,8 @@ MoegenError
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 
@@ -33,7 +35,7 @@ class MoegenStaleInputError(MoegenError, AirflowFailException):
 class MoegenJobNotFoundError(MoegenError):
     """The service knows no job under this key."""
 
-    status_code = 404  # by which common-ai's operator tells it from other errors
+    status_code = HTTPStatus.NOT_FOUND  # by which common-ai's operator tells it from other errors
 
 
 class MoegenJobFailedError(MoegenError):

@@ -10,8 +10,6 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import NEVER_EXPIRE
-
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
@@ -31,9 +29,10 @@ class Remembered:
     round: int  # the same over retries, another after a clear
 
 
-def round_of(ti: Any, retries: int) -> int:
+def round_of(ti: Any, retries: int | None) -> int:
     """Airflow raises `max_tries` with every clear of a task that is not running, and leaves it alone in retries."""
-    return int(getattr(ti, "max_tries", retries) or 0) - retries
+    most = getattr(ti, "max_tries", None)
+    return 0 if most is None or retries is None else int(most) - retries
 
 
 def recall(context: Context) -> Remembered | None:
@@ -55,6 +54,8 @@ def remember(context: Context, what: Remembered) -> None:
     store: Any = context.get("task_state_store")
     if store is None:
         return
+    from airflow.sdk.execution_time.context import NEVER_EXPIRE
+
     try:
         store.set(STATE_KEY, asdict(what), retention=NEVER_EXPIRE)
     except Exception as error:

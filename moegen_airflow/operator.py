@@ -178,7 +178,7 @@ class MoegenBatchOperator(BaseOperator):
         spec = self.build_specification(name=f"{ti.dag_id}.{ti.task_id}")
         known = recall(context) if self.durable else None
         round_ = round_of(ti, self.retries)
-        key, found = self._settle(spec, known, round_)
+        key, found = self._settle(spec, known, round_, held=known is not None and self._hold(known, spec))
         job = self._submit(key, spec, found)
         job_url = self.hook.job_url(key)
         ti.xcom_push(key=JOB_URL, value=job_url)
@@ -245,14 +245,34 @@ class MoegenBatchOperator(BaseOperator):
 
     # --- which job --------------------------------------------------------------------------------------------------
 
-    def _settle(self, spec: dict[str, Any], known: Remembered | None, round_: int) -> tuple[str, Job | None]:
+    def _hold(self, known: Remembered, spec: dict[str, Any]) -> bool:
+        """Takes over this task's active job before anything that takes time: an earlier attempt's cancel may be on its
+        way, and must find a newer owner. False when there is none, or other parameters have made it other work."""
+        found = self._find(known.key)
+        if found is None or found["state"] in _ENDED:
+            return False
+        try:
+            self.hook.submit_job(known.key, spec, found["owner"] + 1)
+        except MoegenInputError:
+            return False
+        self._key, self._owner = known.key, found["owner"] + 1
+        return True
+
+    def _settle(
+        self, spec: dict[str, Any], known: Remembered | None, round_: int, held: bool
+    ) -> tuple[str, Job | None]:
         """The key of the work, and its job if there is one; what stands in the way of a new one is dealt with."""
         if self.on_stale_input not in _STALE:
             raise MoegenInputError(f"on_stale_input: {self.on_stale_input!r} is unknown; choose from {_STALE}")
         if self.stream_logs not in STREAM_LOGS:
             raise MoegenInputError(f"stream_logs: {self.stream_logs!r} is unknown; choose from {STREAM_LOGS}")
         force = truth("force_rerun", self.force_rerun)
-        checked = self.hook.preflight(spec)
+        try:
+            checked = self.hook.preflight(spec)
+        except MoegenInputError as error:
+            if known is not None and held:  # this task will not come back to watch it
+                self._cancel(known.key, self._owner, str(error))
+            raise
         ti = self._ti
         key = job_key(ti.dag_id, ti.task_id, ti.run_id, checked["fingerprint"], round_ if force else None)
         found = self._find(key)
@@ -273,11 +293,15 @@ class MoegenBatchOperator(BaseOperator):
                 f"job {known.key} of this task is over another input or other parameters; set force_rerun, or "
                 "on_stale_input='cancel_and_resubmit', to replace it and its output"
             )
-        # As the owner that this task was: whoever has attached since keeps the job.
-        self._cancel(known.key, known.owner, "its input or its parameters have changed")
+        # As the owner that this task was, or is: whoever else has attached since keeps the job.
+        owner = self._owner if self._key == known.key else known.owner
+        self._cancel(known.key, owner, "its input or its parameters have changed")
 
     def _submit(self, key: str, spec: dict[str, Any], found: Job | None) -> Job:
         """PUTs the job as its newest owner, so that a cancel by an earlier attempt is ignored from here on."""
+        if found is not None and key == self._key and found["owner"] == self._owner:
+            self.log.info("job %s: is %s; attached as owner %s", key, found["state"], self._owner)
+            return found  # held already
         self._key, self._owner = key, (found["owner"] + 1 if found else 1)
         job = self.hook.submit_job(key, spec, self._owner)
         if found is None:

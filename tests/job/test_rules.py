@@ -49,6 +49,17 @@ def test_above_the_error_limit_there_is_everything_but_success(model: Path, tmp_
     with pytest.raises(TooManyErrors):
         run_job(spec(model, table, tmp_path / "out", errors={"max_error_rate": 0.09}))
     assert not (tmp_path / "out/_SUCCESS").exists()  # that of the more lenient run
+    by_number = {"max_error_rate": 1.0, "max_failed_rows": 4}
+    assert run_job(spec(model, table, tmp_path / "out", errors=by_number)).rows == 40
+    with pytest.raises(TooManyErrors, match=r"4 rows failed \(4 error\), more than errors\.max_failed_rows 3 allows"):
+        run_job(spec(model, table, tmp_path / "out", errors=by_number | {"max_failed_rows": 3}))
+
+
+def test_one_failed_row_too_many_ends_the_job_at_once(model: Path, tmp_path: Path) -> None:
+    table = table_with_failures(tmp_path, 40, every=10)
+    with pytest.raises(TooManyErrors, match="2 rows failed"):
+        run_job(spec(model, table, tmp_path / "out", errors={"max_error_rate": 1.0, "max_failed_rows": 1}))
+    assert not (tmp_path / "out/_manifest.json").exists()
 
 
 def test_skipped_and_cut_rows_have_not_failed(model: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class FakeService:
         self.replies: list[Response] = []
         self.input_version = "1"  # of whatever table a job names
         self.output: dict[str, str | None] = {"output": "free", "output_detail": None}  # of whatever folder
+        self.refusal: str | None = None  # of every pre-flight
         self.log = ""  # of every job's runner
         self.on_get = lambda job: None  # moves a job just before it is shown
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -110,6 +111,8 @@ class FakeService:
 
         @app.post("/v1/preflight")
         async def preflight(request: Request):
+            if self.refusal is not None:
+                return JSONResponse({"detail": self.refusal}, 422)
             work = {name: value for name, value in (await request.json()).items() if name not in ("job", "errors")}
             named = json.dumps([work, self.input_version], sort_keys=True)
             fingerprint = hashlib.sha256(named.encode()).hexdigest()

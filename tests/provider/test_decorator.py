@@ -15,7 +15,7 @@ MANIFEST = {"rows": 3}
 def operator(function, *arguments, **parameters):
     """The operator that Airflow makes of the function, found by the decorator's name alone."""
     with DAG("d", schedule=None):
-        return task.moegen(**PARAMETERS | parameters)(function)(*arguments).operator
+        return task.moegen(task_id="t", **PARAMETERS | parameters)(function)(*arguments).operator
 
 
 def only_spec(service) -> dict:

@@ -171,6 +171,35 @@ def test_a_store_that_fails_fails_no_task(fake_service):
     assert operator(wait_for_completion=False).execute(context(Broken())) == only_job(fake_service)["key"]
 
 
+def test_a_new_attempt_takes_its_job_over_before_anything_that_takes_time(fake_service):
+    store = StateStore()
+    old = deferred(operator(deferrable=True), context(store)).trigger
+    fake_service.requests.clear()
+    new = deferred(operator(deferrable=True), context(store, try_number=2)).trigger
+    assert fake_service.methods() == ["GET", "PUT", "POST", "GET"]
+    assert (new.key, new.owner) == (old.key, 2)
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_a_job_that_has_ended_is_resumed_only_after_the_preflight(fake_service, state):
+    store = StateStore()
+    deferred(operator(deferrable=True), context(store))
+    only_job(fake_service)["state"] = state
+    fake_service.refusal = "input.uri: not found"
+    with pytest.raises(MoegenInputError, match="not found"):
+        operator().execute(context(store, try_number=2))
+    assert only_job(fake_service)["state"] == state
+
+
+def test_a_job_whose_input_has_gone_is_not_left_running(fake_service):
+    store = StateStore()
+    deferred(operator(deferrable=True), context(store))
+    fake_service.refusal = "input.uri: not found"
+    with pytest.raises(MoegenInputError, match="not found"):
+        operator().execute(context(store, try_number=2))
+    assert only_job(fake_service)["state"] == "cancelled"
+
+
 def test_another_input_replaces_the_task_s_job(fake_service):
     store = StateStore()
     old = deferred(operator(deferrable=True), context(store)).trigger

@@ -32,7 +32,8 @@ def test_every_module_and_class_named_exists():
         for entry in info[kind]:
             for module in entry["python-modules"]:
                 importlib.import_module(module)
-    for path in [*info["extra-links"], info["connection-types"][0]["hook-class-name"]]:
+    decorators = [decorator["class-name"] for decorator in info["task-decorators"]]
+    for path in [*info["extra-links"], *decorators, info["connection-types"][0]["hook-class-name"]]:
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name)
 
@@ -42,7 +43,11 @@ def test_airflow_knows_the_connection_type():
     form = {name for name in manager.connection_form_widgets if name.startswith("extra__moegen__")}
     assert form == {f"extra__moegen__{f}" for f in ("default_model", "verify_ssl", "ca_cert", "request_timeout")}
     assert manager.field_behaviours["moegen"]["relabeling"]["password"] == "Token"
+    assert manager.providers["moegen-airflow"].data["name"] == "moegen"
+    assert manager.hooks["moegen"].hook_class_name == "moegen_airflow.hook.MoegenHook"
     assert "moegen_airflow.link.MoegenJobLink" in manager.extra_links_class_names
+    decorators = {name for name, _ in manager.taskflow_decorators}
+    assert "moegen" in decorators
 
 
 def test_the_provider_imports_neither_torch_nor_the_engine():

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from moegen.errors import MoegenError
 from moegen.job.records import check_key
-from moegen.storage import put_replace
+from moegen.storage import put_replace, storage_errors
 from moegen.units import MIB
 
 TABLE_LIMIT_BYTES = 512 * MIB
@@ -46,23 +46,28 @@ class Inbox:
             SpecError: the name cannot name a table.
             TableConflict: the name belongs to a table with another content.
             TableTooLarge: it has more than `TABLE_LIMIT_BYTES`.
+            StorageError: the state folder cannot be written.
         """
         check_key(name)
         folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{uuid4().hex}"
-        try:
-            digest = await _written(aside, chunks)
-            known = folder / "requests.sha256"
-            if known.exists():
-                if known.read_text() != digest:
-                    raise TableConflict(f"table: {name!r} has another content; use another name")
-                return False
-            aside.replace(folder / "requests.jsonl")
-            put_replace(str(known), digest.encode())
-            return True
-        finally:
-            aside.unlink(missing_ok=True)
+        with storage_errors(str(folder), "written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return _kept(folder, aside, await _written(aside, chunks))
+            finally:
+                aside.unlink(missing_ok=True)
+
+
+def _kept(folder: Path, aside: Path, digest: str) -> bool:
+    known = folder / "requests.sha256"
+    if known.exists():
+        if known.read_text() != digest:
+            raise TableConflict(f"table: {folder.name!r} has another content; use another name")
+        return False
+    aside.replace(folder / "requests.jsonl")
+    put_replace(str(known), digest.encode())
+    return True
 
 
 async def _written(path: Path, chunks: AsyncIterator[bytes]) -> str:
