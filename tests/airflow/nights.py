@@ -86,9 +86,9 @@ NIGHTS = (
     Night("triggerer", "Triggerer restarted or lost", "deferred", Morning()),
     *both("timeout", "`timeout` passed", CANCELLED, timeout=20),
     *both("queue_timeout", "`queue_timeout` passed", CANCELLED, queue_timeout=10),
-    Night("execution_timeout", "`execution_timeout` passed", "on a worker", CANCELLED, {"execution_timeout_s": 12}),
+    Night("execution_timeout", "`execution_timeout` passed", "on a worker", CANCELLED, {"execution_timeout_s": 20}),
     *both("down", "Service unreachable", SECOND_TRY, retries=1, retry_delay_s=DOWN_S + 5),
-    *both("restarted", "Service restarted", Morning(), poll_interval=DOWN_S / 3),
+    *both("restarted", "Service restarted", Morning(), poll_interval=DOWN_S / 2),
 )
 
 

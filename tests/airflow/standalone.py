@@ -26,6 +26,7 @@ class Standalone:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = os.environ | self._settings(dags_folder) | environment
+        self._processes: list[subprocess.Popen[bytes]] = []
         self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=30)
 
     def _settings(self, dags_folder: Path) -> dict[str, str]:
@@ -57,10 +58,7 @@ class Standalone:
     def __enter__(self) -> Standalone:
         self.home.mkdir(parents=True, exist_ok=True)
         self._log = (self.home / "standalone.log").open("wb")
-        self._process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "airflow"), "standalone"],
-            env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        self._process = self._start("standalone")
         try:
             wait_until(self._healthy, "airflow standalone is healthy", timeout_s=300, interval_s=1)
             token = httpx.get(f"{self.url}/auth/token").raise_for_status().json()["access_token"]
@@ -72,16 +70,18 @@ class Standalone:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, number)
-                self._process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                continue
-            except ProcessLookupError:
-                break
-        self._process.wait(timeout=20)
+        for process in self._processes:
+            _end(process)
         self._log.close()
+
+    def _start(self, command: str) -> subprocess.Popen[bytes]:
+        """An `airflow` command in a session of its own."""
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "airflow"), command],
+            env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self._processes.append(process)
+        return process
 
     def _healthy(self) -> bool:
         if self._process.poll() is not None:
@@ -95,13 +95,11 @@ class Standalone:
 
     def restart_triggerer(self) -> None:
         """In order, as a redeploy does."""
-        (old,) = [child for child in psutil.Process(self._process.pid).children() if "triggerer" in child.cmdline()]
+        children = psutil.Process(self._process.pid).children()
+        (old,) = [child for child in children if any("triggerer" in word for word in child.cmdline())]
         old.terminate()
         wait_until(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, "the triggerer ends")
-        self._triggerer = subprocess.Popen(
-            [str(Path(sys.executable).parent / "airflow"), "triggerer"],
-            env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, process_group=self._process.pid,
-        )  # fmt: skip
+        self._start("triggerer")
 
     def connect(self, connection_id: str, port: int) -> None:
         """A connection to a job service on this machine."""
@@ -180,3 +178,15 @@ class Standalone:
     def _end_of(self, dag_id: str, run_id: str) -> str | None:
         state = self.get(f"/dags/{dag_id}/dagRuns/{run_id}")["state"]
         return state if state in ENDED else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            break
+    process.wait(timeout=20)
