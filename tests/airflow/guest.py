@@ -29,6 +29,7 @@ class Guest:
     stage: Stage
     model: str = "model"  # the checkpoint's folder on the stage
     seen: list[dict[str, Any]] = field(default_factory=list)  # of the XCom `progress`, without repetitions
+    error: Exception | None = None  # what went wrong while it was played: of its own test, not of the others'
     run_id: str = field(init=False)
     key: str = field(init=False)
 
@@ -38,7 +39,15 @@ class Guest:
         model = str(self.stage.folder / self.model)
         self.run_id = self.airflow.trigger(self.night.dag_id, **conf | {"model_uri": model, "service": self.lane.name})
         self.key = self._wait(self._submitted, "the job is submitted")
-        self._wait(lambda: self._state in (self._waiting, "success"), f"the task is {self._waiting}")
+        self._wait(lambda: self._state in (self._waiting, "success", "failed"), f"the task is {self._waiting}")
+        return self
+
+    def play(self, event: Callable[[Guest], object]) -> Guest:
+        """`begin`, and what happens then."""
+        try:
+            event(self.begin())
+        except Exception as error:
+            self.error = error
         return self
 
     @property
@@ -123,6 +132,6 @@ class Guest:
 
     def _wait(self, condition: Callable[[], Any], what: str) -> Any:
         try:
-            return wait_until(condition, f"{self.night.name}: {what}", PATIENCE_S)
+            return wait_until(condition, f"{self.night.name}: {what}", PATIENCE_S, 0.5)
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.airflow.why(self.night.dag_id, self.run_id)}") from error

@@ -115,7 +115,7 @@ class Standalone:
 
     def trigger(self, dag_id: str, **conf: Any) -> str:
         """Starts a Dag run as soon as the Dag is there; its id."""
-        wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 60)
+        wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 180, 1)
         return self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
 
     def run(self, dag_id: str, timeout_s: float = 400, **conf: Any) -> str:
