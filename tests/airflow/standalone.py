@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ class Standalone:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = os.environ | self._settings(dags_folder) | environment
+        self._writing = threading.Lock()  # one at a time: its database is sqlite
         self._processes: list[subprocess.Popen[bytes]] = []
-        self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=30)
+        self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=150)
 
     def _settings(self, dags_folder: Path) -> dict[str, str]:
         programs = Path(sys.executable).parent
@@ -35,6 +37,8 @@ class Standalone:
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONWARNINGS": "ignore",
             "AIRFLOW_HOME": str(self.home),
+            # The scheduler gives up when it finds sqlite locked for the usual five seconds.
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home}/airflow.db?timeout=120",
             "AIRFLOW__CORE__DAGS_FOLDER": str(dags_folder),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
@@ -111,7 +115,8 @@ class Standalone:
         return self.client.get(path).raise_for_status().json()
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self.client.post(path, json=body).raise_for_status().json()
+        with self._writing:
+            return self.client.post(path, json=body).raise_for_status().json()
 
     def trigger(self, dag_id: str, **conf: Any) -> str:
         """Starts a Dag run as soon as the Dag is there; its id."""
