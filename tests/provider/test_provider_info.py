@@ -9,8 +9,10 @@ from pathlib import Path
 import airflow
 import jsonschema
 from airflow.providers_manager import ProvidersManager
+from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
 
 import moegen_airflow
+from moegen_airflow.decorator import moegen_task
 from moegen_airflow.get_provider_info import get_provider_info
 
 PACKAGE = Path(moegen_airflow.__file__).parent
@@ -44,10 +46,13 @@ def test_airflow_knows_the_connection_type():
     assert form == {f"extra__moegen__{f}" for f in ("default_model", "verify_ssl", "ca_cert", "request_timeout")}
     assert manager.field_behaviours["moegen"]["relabeling"]["password"] == "Token"
     assert manager.providers["moegen-airflow"].data["name"] == "moegen"
-    assert manager.hooks["moegen"].hook_class_name == "moegen_airflow.hook.MoegenHook"
     assert "moegen_airflow.link.MoegenJobLink" in manager.extra_links_class_names
-    decorators = {name for name, _ in manager.taskflow_decorators}
-    assert "moegen" in decorators
+
+
+def test_tasks_know_hook_and_decorator():
+    manager = ProvidersManagerTaskRuntime()
+    assert manager.hooks["moegen"].hook_class_name == "moegen_airflow.hook.MoegenHook"
+    assert manager.taskflow_decorators["moegen"] is moegen_task
 
 
 def test_the_provider_imports_neither_torch_nor_the_engine():
