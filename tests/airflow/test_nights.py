@@ -49,7 +49,7 @@ def invite(airflow, lanes, stage) -> Invite:
 @pytest.fixture(scope="module")
 def guests(invite) -> dict[str, Guest]:
     """Every night that has a task of its own, at its end."""
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(16) as threads:
         first = [threads.submit(nights, invite) for nights in (queued, half_way)]
         guests = [guest for nights in first for guest in nights.result()]
         last = [threads.submit(nights, invite) for nights in (frail, triggerer)]
@@ -75,7 +75,7 @@ def queued(invite: Invite) -> list[Guest]:
         "execution_timeout": wait_for_the_cancel,
     }
     guests = [invite(name, "queue") for name in events]
-    with guests[0].lane.busy(), ThreadPoolExecutor() as threads:
+    with guests[0].lane.busy(), ThreadPoolExecutor(16) as threads:
         return list(threads.map(Guest.play, guests, events.values()))
 
 
@@ -111,7 +111,7 @@ def half_way(invite: Invite) -> list[Guest]:
     ]
     half = guests[0].stage.model_without_tokenizer()
     failures = [invite(f"failure_{way}", "middle", model=half.name) for way in ("waiting", "deferred")]
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(16) as threads:
         guests += threads.map(lambda guest: guest.play(lambda guest: guest.wait_job("failed")), failures)
     shutil.copy(guests[0].stage.folder / "model" / "tokenizer.json", half)
     return guests
@@ -140,7 +140,7 @@ def mark_failed(guest: Guest) -> None:
 def frail(invite: Invite) -> list[Guest]:
     """Nights without a service: killed while a job runs and others queue, and back after a while."""
     names = [f"{event}_{way}" for event in ("down", "restarted") for way in ("waiting", "deferred")]
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(16) as threads:
         guests = list(threads.map(lambda name: invite(name, "frail").play(lambda _: None), names))
     lane = guests[0].lane
     lane.wait_saved()
