@@ -38,10 +38,9 @@ class Guest:
         conf = self.stage.conf(self.stage.table(self.night.name, ROWS), self.night.name)
         model = str(self.stage.folder / self.model)
         conf |= {"model_uri": model, "service": self.lane.name}
-        with self.airflow.beginning:
-            self.run_id = self.airflow.trigger(self.night.dag_id, **conf)
-            self.key = self._wait(self._submitted, "the job is submitted")
-            self._wait(lambda: self._state in (self._waiting, "success", "failed"), f"the task is {self._waiting}")
+        self.run_id = self.airflow.trigger(self.night.dag_id, **conf)
+        self.key = self._wait(self._submitted, "the job is submitted")
+        self._wait(lambda: self._state in (self._waiting, "success", "failed"), f"the task is {self._waiting}")
         return self
 
     def play(self, event: Callable[[Guest], object]) -> Guest:

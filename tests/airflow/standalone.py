@@ -28,7 +28,7 @@ class Standalone:
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = os.environ | self._settings(dags_folder) | environment
         self._writing = threading.Lock()  # one request at a time: its database is sqlite
-        self.beginning = threading.Lock()  # tasks that start in the same second stand in each other's way there
+        self._beginning = threading.Lock()
         self._processes: list[subprocess.Popen[bytes]] = []
         self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=150)
 
@@ -120,9 +120,15 @@ class Standalone:
             return self.client.post(path, json=body).raise_for_status().json()
 
     def trigger(self, dag_id: str, **conf: Any) -> str:
-        """Starts a Dag run as soon as the Dag is there; its id."""
+        """Starts a Dag run as soon as the Dag is there, and waits until a task of it has begun; its id."""
         wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 180, 1)
-        return self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+        # One after the other: tasks that begin in the same second stand in each other's way in sqlite.
+        with self._beginning:
+            run_id = self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+            tasks = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances"
+            begun = lambda: any(task["start_date"] for task in self.get(tasks)["task_instances"])  # noqa: E731
+            wait_until(begun, f"a task of {dag_id} begins", 180, 0.5)
+        return run_id
 
     def run(self, dag_id: str, timeout_s: float = 400, **conf: Any) -> str:
         """A Dag run to its end; its id. Fails unless its state is success."""
