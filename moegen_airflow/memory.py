@@ -24,6 +24,7 @@ class Remembered:
 
     key: str
     job_url: str
+    output_uri: str
     owner: int  # as which that attempt could cancel it
     end_time: float  # Unix time in seconds
     round: int  # the same over retries, another after a clear

@@ -184,7 +184,7 @@ class MoegenBatchOperator(BaseOperator):
         ti.xcom_push(key=JOB_URL, value=job_url)
         end_time = self._end_time(key, known, round_, found)
         if self.durable:
-            remember(context, Remembered(key, job_url, self._owner, end_time, round_))
+            remember(context, Remembered(key, job_url, self._output_uri(), self._owner, end_time, round_))
         if not self.wait_for_completion:
             return key
         if self.deferrable and job["state"] != "succeeded":
@@ -247,9 +247,10 @@ class MoegenBatchOperator(BaseOperator):
 
     def _hold(self, known: Remembered, spec: dict[str, Any]) -> bool:
         """Takes over this task's active job before anything that takes time: an earlier attempt's cancel may be on its
-        way, and must find a newer owner. False when there is none, or other parameters have made it other work."""
+        way, and must find a newer owner. False when there is none, when another task has taken it over (shards in
+        another order), or when other parameters have made it other work."""
         found = self._find(known.key)
-        if found is None or found["state"] in _ENDED:
+        if found is None or found["state"] in _ENDED or found["owner"] != known.owner:
             return False
         try:
             self.hook.submit_job(known.key, spec, found["owner"] + 1)
@@ -278,10 +279,11 @@ class MoegenBatchOperator(BaseOperator):
         found = self._find(key)
         if found is not None:
             return key, found
-        stale = known is not None and known.key != key
-        if known is not None and stale:
-            self._supersede(known, force)
-        if force or (stale and checked["output"] == "other"):
+        stale = known if known is not None and known.key != key else None
+        if stale is not None:
+            self._supersede(stale, force)
+        own_folder = stale is not None and stale.output_uri == self._output_uri()  # another's is never cleared
+        if force or (own_folder and checked["output"] == "other"):
             spec["output"]["mode"] = "new_run"
         elif checked["output"] == "other":
             raise MoegenInputError(f"{checked['output_detail']}; nothing was queued")

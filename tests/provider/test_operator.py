@@ -213,6 +213,16 @@ def test_another_input_replaces_the_task_s_job(fake_service):
     assert (again.key, again.owner) == (new.key, 2)
 
 
+def test_a_folder_that_the_task_has_not_written_is_never_cleared(fake_service):
+    store = StateStore()
+    deferred(operator(deferrable=True), context(store))
+    fake_service.input_version = "2"
+    fake_service.output = {"output": "other", "output_detail": "elsewhere/part-0 belongs to other work"}
+    with pytest.raises(MoegenInputError, match="elsewhere"):
+        operator(deferrable=True, output_uri="elsewhere").execute(context(store, try_number=2))
+    assert len(fake_service.jobs) == 1
+
+
 def test_a_job_that_another_task_has_taken_over_is_not_cancelled(fake_service):
     """Shards in another order: the second finds the first one's job, before or after the first has moved on."""
     first = StateStore()
