@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import os
+import signal
+from datetime import timedelta
 
-from airflow.sdk import DAG, task
+from airflow.sdk import DAG
 
 from moegen_airflow.operator import MoegenBatchOperator
 from moegen_airflow.sensor import MoegenBatchSensor
 
-PARAMS = {"input_uri": "", "output_uri": "", "model_uri": "", "shards": ""}
-COMMON = {
+URIS = {
+    "input_uri": "{{ params.input_uri }}",
+    "output_uri": "{{ params.output_uri }}/{{ task.task_id }}",
     "model_id": "{{ params.model_uri }}",
-    "prompt_column": "text",
-    "sampling_params": {"max_tokens": 8},
-    "poll_interval": 0.5,
 }
+PARAMS = {"input_uri": "", "output_uri": "", "model_uri": ""}
+SHORT = {"max_tokens": 8}
+LONG = {"max_tokens": 400, "ignore_eos": True}
+
+
+class DiesAfterSubmit(MoegenBatchOperator):
+    """The first attempt's process is killed while it waits."""
+
+    def _look(self, poll):
+        if self._owner == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._look(poll)
+
 
 with DAG("e2e_modes", schedule=None, params=PARAMS):
-    uris = {"input_uri": "{{ params.input_uri }}", "output_uri": "{{ params.output_uri }}/{{ task.task_id }}"}
-    waits = MoegenBatchOperator(task_id="waits", **uris, **COMMON)
-    defers = MoegenBatchOperator(task_id="defers", deferrable=True, **uris, **COMMON)
+    common = {"prompt_column": "text", "sampling_params": SHORT, "poll_interval": 0.5, **URIS}
+    waits = MoegenBatchOperator(task_id="waits", **common)
+    defers = MoegenBatchOperator(task_id="defers", deferrable=True, **common)
     ended = "{{ ti.xcom_pull('defers')['job_key'] }}"
     waits >> defers >> MoegenBatchSensor(task_id="watched", job_key=ended, poke_interval=1, timeout=120)
 
-with DAG("e2e_shards", schedule=None, params=PARAMS):
+with DAG("e2e_retry", schedule=None, params=PARAMS):
+    DiesAfterSubmit(
+        task_id="dies_once",
+        prompt_column="text",
+        sampling_params=SHORT,
+        poll_interval=0.5,
+        retries=1,
+        retry_delay=timedelta(seconds=1),
+        **URIS,
+    )
 
-    @task
-    def listed(params: dict) -> list[dict[str, str]]:
-        """As `moegen_shards` deals shards out, but by a list that can be changed between two clears."""
-        return json.loads(Path(params["shards"]).read_text())
-
-    MoegenBatchOperator.partial(task_id="answer", deferrable=True, **COMMON).expand_kwargs(listed())
+for mode in ("waiting", "deferred"):
+    with DAG(f"e2e_{mode}", schedule=None, params=PARAMS):
+        MoegenBatchOperator(
+            task_id="long",
+            prompt_column="text",
+            sampling_params=LONG,
+            poll_interval=0.5,
+            deferrable=mode == "deferred",
+            **URIS,
+        )

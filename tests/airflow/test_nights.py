@@ -7,6 +7,7 @@ come last. `MOEGEN_NIGHTS=full` takes the lengths of the real thing: 20 clears, 
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import re
 import shutil
@@ -21,7 +22,13 @@ from tests.airflow.guest import Guest
 from tests.airflow.lane import Lane
 from tests.airflow.nights import CLEARS, DOWN_S, NIGHTS, ROWS, Morning, Night
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.airflow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(
+        not os.environ.get("MOEGEN_NIGHTS"), reason="minutes long: MOEGEN_NIGHTS=short or =full runs it"
+    ),
+]
 
 BY_NAME = {night.name: night for night in NIGHTS}
 Invite = Callable[..., Guest]

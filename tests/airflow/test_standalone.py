@@ -1,150 +1,100 @@
-"""The example Dags, and both ways to wait, on a running Airflow with real job services.
-
-All Dag runs begin at once; each test looks at one of them when it has ended. `MOEGEN_NIGHTS=full` takes 12 shards.
-"""
+"""The provider on a running Airflow, with the real job service."""
 
 from __future__ import annotations
-
-import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.airflow.nights import FULL
-from tests.provider.real_service import RealService, wait_until
+from tests.provider.real_service import wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(1500)]
-
-SHARDS = 12 if FULL else 3
-ROWS = 20
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A Dag run that has begun."""
-
-    airflow: object
-    dag_id: str
-    run_id: str
-    output: str
-
-    def end(self) -> None:
-        self.airflow.end(self.dag_id, self.run_id)
-
-    def xcom(self, task_id: str, key: str = "return_value"):
-        return self.airflow.xcom(self.dag_id, self.run_id, task_id, key)
-
-    def task(self, task_id: str) -> dict:
-        return self.airflow.task(self.dag_id, self.run_id, task_id)
+def only_new(service, known: set[str]) -> dict:
+    """The one job that is not among `known`."""
+    (job,) = [job for job in service.jobs() if job["key"] not in known]
+    return job
 
 
-@pytest.fixture(scope="module")
-def other_engine(tmp_path_factory, airflow):
-    with RealService(tmp_path_factory.mktemp("other_engine")) as service:
-        airflow.connect("other_engine", service.port)
-        yield service
-
-
-@pytest.fixture(scope="module")
-def runs(airflow, other_engine, stage) -> dict[str, Run]:
-    """One of every Dag."""
-    shards = [stage.table(f"shard_{number}", number + 5) for number in range(SHARDS)]
-    engines = ("moegen_default", "other_engine")
-    pairs = [
-        {"input_uri": table, "output_uri": f"{stage.folder}/out/shards/{number}", "moegen_conn_id": engines[number % 2]}
-        for number, table in enumerate(shards)
-    ]
-    (stage.folder / "shards.json").write_text(json.dumps(pairs))
-    more = {
-        "e2e_shards": {"shards": str(stage.folder / "shards.json")},
-        "moegen_approval": {"sample_rows": 7},
-        "moegen_arrival": {},
-        "moegen_submit": {},
-        "e2e_modes": {},
-    }
-    begun = {}
-    for dag_id, own in more.items():
-        conf = stage.conf(stage.table(dag_id, ROWS), dag_id)
-        begun[dag_id] = Run(airflow, dag_id, airflow.trigger(dag_id, **conf | own), conf["output_uri"])
-    return begun
-
-
-def follower(airflow, dag_id: str) -> Run:
-    """The one run of a Dag that nobody triggers by hand, at its end."""
-    runs = wait_until(lambda: airflow.get(f"/dags/{dag_id}/dagRuns")["dag_runs"], f"{dag_id} starts by itself", 300, 1)
-    run = Run(airflow, dag_id, runs[0]["dag_run_id"], "")
-    run.end()
-    return run
+def keys(service) -> set[str]:
+    return {job["key"] for job in service.jobs()}
 
 
 def rows_of(folder: str) -> list[int]:
     return pq.read_table(folder).column("row_index").to_pylist()
 
 
-def test_both_modes_give_the_same(runs, service):
-    run = runs["e2e_modes"]
-    run.end()
-    manifests = [run.xcom(task) for task in ("waits", "defers", "watched")]
-    assert manifests[0]["job_key"] != manifests[1]["job_key"]
+def test_the_example_with_the_sensor(airflow, service, stage):
+    known = keys(service)
+    conf = stage.conf(stage.table("example", 30), "example")
+    run_id = airflow.run("moegen_table", **conf, max_tokens=8)
+    job = only_new(service, known)
+    assert airflow.xcom("moegen_table", run_id, "submit") == job["key"]
+    assert airflow.xcom("moegen_table", run_id, "wait") == job["manifest"]
+    assert sum(airflow.xcom("moegen_table", run_id, "check_rows").values()) == 30
+    assert rows_of(conf["output_uri"]) == list(range(30))
+
+
+def test_both_modes_give_the_same(airflow, service, stage):
+    known = keys(service)
+    conf = stage.conf(stage.table("modes", 20), "modes")
+    run_id = airflow.run("e2e_modes", **conf)
+    manifests = [airflow.xcom("e2e_modes", run_id, task) for task in ("waits", "defers", "watched")]
+    assert len(keys(service) - known) == 2
     assert manifests[1] == manifests[2]
     for manifest in manifests:
-        assert manifest["rows"] == sum(manifest["statuses"].values()) == ROWS
-    tables = [pq.read_table(f"{run.output}/{task}") for task in ("waits", "defers")]
+        assert manifest["rows"] == sum(manifest["statuses"].values()) == 20
+    tables = [pq.read_table(f"{conf['output_uri']}/{task}") for task in ("waits", "defers")]
     assert tables[0].equals(tables[1])
-    path = f"/dags/e2e_modes/dagRuns/{run.run_id}/taskInstances/defers/links"
-    link = run.airflow.get(path)["extra_links"]["moegen job"]
+    link = airflow.get(f"/dags/e2e_modes/dagRuns/{run_id}/taskInstances/defers/links")["extra_links"]["moegen job"]
     assert link == f"{service.url}/jobs/{manifests[1]['job_key']}"
+    assert "rows" in airflow.logs("e2e_modes", run_id, "defers")
 
 
-def test_an_asset_starts_the_job_and_its_event_the_check(airflow, runs):
-    nightly, check = follower(airflow, "moegen_nightly"), follower(airflow, "moegen_check")
-    manifest, said = nightly.xcom("answer"), check.xcom("check")
-    assert manifest["rows"] == said["rows"] == ROWS
-    for name in ("job_key", "statuses", "prompt_tokens", "completion_tokens"):
-        assert said[name] == manifest[name]
-    assert said["output_uri"] == runs["moegen_arrival"].output
-    assert json.loads(Path(said["manifest_uri"]).read_text())["job_key"] == said["job_key"]
-    assert rows_of(said["output_uri"]) == list(range(ROWS))
+def test_a_retry_does_not_submit_a_second_job(airflow, service, stage):
+    known = keys(service)
+    conf = stage.conf(stage.table("retry", 20), "retry")
+    run_id = airflow.run("e2e_retry", **conf)
+    assert airflow.task("e2e_retry", run_id, "dies_once")["try_number"] == 2
+    job = only_new(service, known)
+    assert (job["state"], job["attempts"], job["owner"]) == ("succeeded", 1, 2)
+    assert job["manifest"]["resumed_rows"] == 0
+    assert rows_of(f"{conf['output_uri']}/dies_once") == list(range(20))
+    assert airflow.xcom("e2e_retry", run_id, "dies_once") == job["manifest"]
 
 
-def test_a_sample_an_approval_and_all(airflow, runs):
-    run = runs["moegen_approval"]
-    wait_until(lambda: run.task("approve")["state"] == "awaiting_input", "the approval waits", 300, 1)
-    assert rows_of(f"{run.output}/sample") == list(range(7))
-    assert run.task("everything")["state"] is None
-    airflow.approve(run.dag_id, run.run_id, "approve")
-    run.end()
-    assert rows_of(f"{run.output}/all") == list(range(ROWS))
+def long_run(airflow, service, stage, mode: str) -> tuple[str, str]:
+    """A Dag run whose job runs for minutes; its run id and the job's key."""
+    known = keys(service)
+    conf = stage.conf(stage.table(f"long_{mode}", 20_000), f"long_{mode}")
+    run_id = airflow.trigger(f"e2e_{mode}", **conf)
+    wait_until(lambda: keys(service) - known, "the job is submitted", 180)
+    key = only_new(service, known)["key"]
+    state = {"waiting": "running", "deferred": "deferred"}[mode]
+    wait_until(lambda: airflow.task(f"e2e_{mode}", run_id, "long")["state"] == state, f"the task is {state}", 180)
+    wait_until(lambda: service.job(key)["state"] == "running", "the job runs", 180)
+    return run_id, key
 
 
-def test_a_job_of_another_dag(airflow, runs):
-    runs["moegen_submit"].end()
-    watch = follower(airflow, "moegen_watch")
-    manifest = watch.xcom("wait")
-    assert manifest["job_key"] == runs["moegen_submit"].xcom("submit")
-    assert manifest["rows"] == ROWS
+def cancelled(service, key: str) -> bool:
+    return service.job(key)["state"] == "cancelled"
 
 
-def test_shards_in_another_order_recompute_nothing(airflow, runs, stage, service, other_engine):
-    run = runs["e2e_shards"]
-    run.end()
+def test_killing_a_waiting_task_cancels_the_job(airflow, service, stage):
+    run_id, key = long_run(airflow, service, stage, "waiting")
+    airflow.mark_failed("e2e_waiting", run_id, "long")
+    wait_until(lambda: cancelled(service, key), "the job is cancelled", 180)
 
-    def jobs() -> dict[str, dict]:
-        here = [service.jobs(), other_engine.jobs()]
-        return {job["key"]: job for jobs in here for job in jobs if job["name"] == "e2e_shards.answer"}
 
-    first = jobs()
-    listed = json.loads((stage.folder / "shards.json").read_text())
-    again = listed[1:] + listed[:1]
-    (stage.folder / "shards.json").write_text(json.dumps(again))
-    airflow.clear_run(run.dag_id, run.run_id)
-    run.end()
-    second = jobs()
-    assert len(first) == SHARDS
-    assert second.keys() == first.keys()
-    assert all(job["attempts"] == 1 and job["state"] == "succeeded" for job in second.values())
-    assert all(job["owner"] == 2 and job["manifest"] == first[key]["manifest"] for key, job in second.items())
-    for number in range(SHARDS):
-        assert rows_of(f"{stage.folder}/out/shards/{number}") == list(range(number + 5))
+def test_clearing_a_deferred_task_keeps_its_job_and_killing_it_cancels(airflow, service, stage):
+    run_id, key = long_run(airflow, service, stage, "deferred")
+    airflow.clear("e2e_deferred", run_id, "long")
+    wait_until(lambda: service.job(key)["owner"] == 2, "the new attempt has taken the job over", 180)
+    wait_until(lambda: "on_kill" in airflow.logs("e2e_deferred", run_id, "long", 1), "the old trigger was killed", 180)
+    # Airflow calls on_kill only of triggers that have begun: wait for this one's first line.
+    wait_until(lambda: "rows (" in airflow.logs("e2e_deferred", run_id, "long", 2), "the new trigger polls", 180)
+    wait_until(lambda: service.job(key)["state"] == "running", "the job runs", 180)
+
+    airflow.mark_failed("e2e_deferred", run_id, "long")
+    wait_until(lambda: cancelled(service, key), "the job is cancelled", 180)
+    assert not (stage.folder / "out" / "long_deferred" / "long" / "_SUCCESS").exists()
