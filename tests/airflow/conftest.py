@@ -23,5 +23,6 @@ def stage(tmp_path_factory) -> Stage:
 @pytest.fixture(scope="session")
 def airflow(tmp_path_factory, service, stage):
     environment = {"AIRFLOW_CONN_MOEGEN_DEFAULT": service.connection_uri, "MOEGEN_DEMO_DIR": str(stage.folder)}
+    environment |= {"AIRFLOW__CORE__PARALLELISM": "16"}  # tasks that wait on a worker hold it
     with Standalone(tmp_path_factory.mktemp("airflow_home"), stage.dags, **environment) as airflow:
         yield airflow

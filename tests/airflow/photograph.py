@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,11 +19,22 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from tests.airflow.stage import build_stage  # noqa: E402
 from tests.airflow.standalone import Standalone  # noqa: E402
-from tests.provider.real_service import RealService  # noqa: E402
+from tests.provider.real_service import RealService, wait_until  # noqa: E402
 
 IMAGES = HERE.parents[1] / "docs" / "images"
 DAG = "moegen_table"
+ROWS = 3000  # a run of a minute
 SIZE = {"width": 1280, "height": 800}
+
+
+def job_page(page: Page, url: str) -> None:
+    """While the job runs."""
+    page.goto(f"{url}?refresh=0")
+    page.get_by_text("rows/s").first.wait_for()
+
+
+def report(page: Page, url: str) -> None:
+    page.goto(f"{url}/report")
 
 
 def dag_graph(page: Page, url: str, run_id: str) -> None:
@@ -46,16 +58,34 @@ def connection_form(page: Page, url: str, run_id: str) -> None:
     page.get_by_text("Default model").wait_for()
 
 
-def photograph(airflow: Standalone, run_id: str, images: Path) -> None:
-    """One file per page, named after the function that opens it."""
+def half_done(service: RealService) -> str | None:
+    """The running job's key."""
+    for job in service.jobs():
+        progress = job["progress"] or {}
+        if job["state"] == "running" and progress.get("rows_done", 0) > 0.4 * progress.get("rows_total", 0) > 0:
+            return job["key"]
+    return None
+
+
+def photograph(airflow: Standalone, service: RealService, conf: dict[str, str], images: Path) -> None:
+    """One file per page, named after the function that opens it; the job's own page while it runs."""
     with sync_playwright() as browsers:
         program = os.environ.get("CHROMIUM", "/usr/bin/chromium")
         browser = browsers.chromium.launch(executable_path=program, args=["--no-sandbox"])
         page = browser.new_page(viewport=SIZE)
-        for open_page in (dag_graph, task_details, connection_form):
-            open_page(page, airflow.url, run_id)
+
+        def take(open_page: Callable[..., None], *where: str) -> None:
+            open_page(page, *where)
             page.wait_for_timeout(3000)  # the graph's layout and the fonts
             page.screenshot(path=images / f"{open_page.__name__}.png")
+
+        run_id = airflow.trigger(DAG, **conf, max_tokens=120)
+        job = f"{service.url}/jobs/{wait_until(lambda: half_done(service), 'the job is half done', 300)}"
+        take(job_page, job)
+        airflow.end(DAG, run_id)
+        take(report, job)
+        for open_page in (dag_graph, task_details, connection_form):
+            take(open_page, airflow.url, run_id)
         browser.close()
 
 
@@ -66,7 +96,7 @@ def main() -> None:
         with RealService(folder / "service") as service:
             environment = {"AIRFLOW_CONN_MOEGEN_DEFAULT": service.connection_uri, "MOEGEN_DEMO_DIR": str(folder)}
             with Standalone(folder / "home", stage.dags, **environment) as airflow:
-                photograph(airflow, airflow.run(DAG), IMAGES)
+                photograph(airflow, service, stage.conf(stage.table("many", rows=ROWS), "many"), IMAGES)
 
 
 if __name__ == "__main__":

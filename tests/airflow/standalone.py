@@ -7,10 +7,12 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.provider.real_service import free_port, wait_until
 
@@ -25,7 +27,10 @@ class Standalone:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = os.environ | self._settings(dags_folder) | environment
-        self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=30)
+        self._writing = threading.Lock()  # one request at a time: its database is sqlite
+        self._beginning = threading.Lock()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=150)
 
     def _settings(self, dags_folder: Path) -> dict[str, str]:
         programs = Path(sys.executable).parent
@@ -33,6 +38,8 @@ class Standalone:
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONWARNINGS": "ignore",
             "AIRFLOW_HOME": str(self.home),
+            # The scheduler gives up when it finds sqlite locked for the usual five seconds.
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home}/airflow.db?timeout=20",
             "AIRFLOW__CORE__DAGS_FOLDER": str(dags_folder),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
@@ -47,16 +54,16 @@ class Standalone:
             "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
             "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "2",
-            "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
+            "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "3",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
+            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "600",
         }
 
     def __enter__(self) -> Standalone:
         self.home.mkdir(parents=True, exist_ok=True)
         self._log = (self.home / "standalone.log").open("wb")
-        self._process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "airflow"), "standalone"],
-            env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        self._process = self._start("standalone")
         try:
             wait_until(self._healthy, "airflow standalone is healthy", timeout_s=300, interval_s=1)
             token = httpx.get(f"{self.url}/auth/token").raise_for_status().json()["access_token"]
@@ -68,16 +75,18 @@ class Standalone:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, number)
-                self._process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                continue
-            except ProcessLookupError:
-                break
-        self._process.wait(timeout=20)
+        for process in self._processes:
+            _end(process)
         self._log.close()
+
+    def _start(self, command: str) -> subprocess.Popen[bytes]:
+        """An `airflow` command in a session of its own."""
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "airflow"), command],
+            env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self._processes.append(process)
+        return process
 
     def _healthy(self) -> bool:
         if self._process.poll() is not None:
@@ -89,23 +98,48 @@ class Standalone:
         rooms = ("metadatabase", "scheduler", "triggerer", "dag_processor")
         return all(health.get(room, {}).get("status") == "healthy" for room in rooms)
 
+    def restart_triggerer(self) -> None:
+        """In order, as a redeploy does."""
+        children = psutil.Process(self._process.pid).children()
+        (old,) = [child for child in children if any("triggerer" in word for word in child.cmdline())]
+        old.terminate()
+        wait_until(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, "the triggerer ends")
+        self._start("triggerer")
+
+    def connect(self, connection_id: str, port: int) -> None:
+        """A connection to a job service on this machine."""
+        self.post(
+            "/connections", {"connection_id": connection_id, "conn_type": "moegen", "host": f"http://127.0.0.1:{port}"}
+        )
+
     def get(self, path: str) -> dict[str, Any]:
         return self.client.get(path).raise_for_status().json()
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self.client.post(path, json=body).raise_for_status().json()
+        with self._writing:
+            return self.client.post(path, json=body).raise_for_status().json()
 
     def trigger(self, dag_id: str, **conf: Any) -> str:
-        """Starts a Dag run as soon as the Dag is there; its id."""
-        wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 60)
-        return self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+        """Starts a Dag run as soon as the Dag is there, and waits until a task of it has begun; its id."""
+        wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 180, 1)
+        # One after the other: tasks that begin in the same second stand in each other's way in sqlite.
+        with self._beginning:
+            run_id = self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+            tasks = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances"
+            begun = lambda: any(task["start_date"] for task in self.get(tasks)["task_instances"])  # noqa: E731
+            wait_until(begun, f"a task of {dag_id} begins", 180, 0.5)
+        return run_id
 
     def run(self, dag_id: str, timeout_s: float = 400, **conf: Any) -> str:
         """A Dag run to its end; its id. Fails unless its state is success."""
         run_id = self.trigger(dag_id, **conf)
+        self.end(dag_id, run_id, timeout_s)
+        return run_id
+
+    def end(self, dag_id: str, run_id: str, timeout_s: float = 400) -> None:
+        """Waits for a Dag run's end; fails unless its state is success."""
         state = wait_until(lambda: self._end_of(dag_id, run_id), f"Dag run {dag_id} ends", timeout_s, 1)
         assert state == "success", self.why(dag_id, run_id)
-        return run_id
 
     def task(self, dag_id: str, run_id: str, task_id: str) -> dict[str, Any]:
         return self.get(f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}")
@@ -119,9 +153,23 @@ class Standalone:
         body = {"dry_run": False, "dag_run_id": run_id, "task_ids": [task_id], "only_failed": False}
         self.post(f"/dags/{dag_id}/clearTaskInstances", body)
 
+    def clear_run(self, dag_id: str, run_id: str) -> None:
+        """All of its tasks; the run goes on from its first."""
+        self.post(f"/dags/{dag_id}/clearTaskInstances", {"dry_run": False, "dag_run_id": run_id, "only_failed": False})
+
+    def approve(self, dag_id: str, run_id: str, task_id: str) -> None:
+        """What the button in the browser does."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/-1/hitlDetails"
+        self.client.patch(path, json={"chosen_options": ["Approve"], "params_input": {}}).raise_for_status()
+
     def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value") -> Any:
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}"
         return self.get(f"{path}?deserialize=true")["value"]
+
+    def find_xcom(self, dag_id: str, run_id: str, task_id: str, key: str) -> Any:
+        """None while there is none under this key."""
+        answer = self.client.get(f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}")
+        return None if answer.status_code == 404 else answer.raise_for_status().json()["value"]
 
     def logs(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1) -> str:
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{try_number}"
@@ -142,3 +190,15 @@ class Standalone:
     def _end_of(self, dag_id: str, run_id: str) -> str | None:
         state = self.get(f"/dags/{dag_id}/dagRuns/{run_id}")["state"]
         return state if state in ENDED else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            break
+    process.wait(timeout=20)

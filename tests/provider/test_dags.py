@@ -21,7 +21,9 @@ SHARDS = {"shard-a": 5, "shard-b": 7}  # rows
 def test_the_dags_load():
     bag = DagBag(str(DAGS))
     assert bag.import_errors == {}
-    assert set(bag.dags) == {"moegen_table", "moegen_shards"}
+    table = (DAGS / "README.md").read_text()
+    assert all(f"`{dag_id}`" in table for dag_id in bag.dags)
+    assert {path.stem for path in DAGS.glob("*.py")} == {Path(dag.fileloc).stem for dag in bag.dags.values()}
     assert [task.task_id for task in bag.dags["moegen_table"].topological_sort()] == ["submit", "wait", "check_rows"]
     assert bag.dags["moegen_shards"].get_task("answer").is_mapped
 

@@ -1,0 +1,111 @@
+"""The nights that go wrong: what happens in each, and what has come of it in the morning.
+
+`NIGHTS` is the one place. night_dags.py makes a Dag of every night, test_nights.py lets it happen on a running Airflow,
+and docs/durable-execution.md shows `figures()`: `python tests/airflow/nights.py` prints the table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+FULL = os.environ.get("MOEGEN_NIGHTS") == "full"  # the lengths of the real thing; CI takes shorter ones
+CLEARS = 20 if FULL else 4  # of one deferred task, one after the other
+DOWN_S = 120 if FULL else 10  # without a service
+
+ROWS = 24
+TASK = "answer"
+# Two rows in the engine at once, a part for every six: slow enough to be caught in the middle.
+SLOW = {
+    "prompt_column": "text",
+    "sampling_params": {"max_tokens": 100, "ignore_eos": True},
+    "job_params": {
+        "output": {"rows_per_part": 6},
+        "checkpoint": {"journal_seconds": 0.5},
+        "engine": {"plan": {"kv_pages": 20, "page_tokens": 16}},
+    },
+    "poll_interval": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Morning:
+    """What must be found when all has ended; never more than one job, never a cancel by an earlier attempt."""
+
+    job: Literal["succeeded", "cancelled"] = "succeeded"
+    task: Literal["success", "failed"] = "success"
+    tries: int = 1  # of the task
+    cancels: tuple[int, ...] = (0,)  # how often the job may have been cancelled on the way
+
+
+@dataclass(frozen=True)
+class Night:
+    """One event that befalls a task; `event` begins the cell of the documentation's table that says what happens."""
+
+    name: str
+    event: str
+    waits: Literal["on a worker", "deferred"]
+    morning: Morning
+    task: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # arguments of the operator
+    after: str = ""  # the night to whose task it happens, when that has ended; "": to a task of its own
+
+    @property
+    def dag_id(self) -> str:
+        return f"night_{self.name}"
+
+    @property
+    def deferrable(self) -> bool:
+        return self.waits == "deferred"
+
+
+def both(name: str, event: str, morning: Morning, **task: Any) -> tuple[Night, Night]:
+    """The same night for a task that waits on a worker and for one that defers."""
+    return (
+        Night(f"{name}_waiting", event, "on a worker", morning, task),
+        Night(f"{name}_deferred", event, "deferred", morning, task),
+    )
+
+
+CANCELLED = Morning(job="cancelled", task="failed", cancels=(1,))
+SECOND_TRY = Morning(tries=2)
+
+NIGHTS = (
+    *both("failure", "Retry", SECOND_TRY, retries=1),
+    *both("cancelled", "Cancelled at the service", Morning(tries=2, cancels=(1,)), retries=1),
+    # A cancel that comes before the next attempt is the attempt's own, and that attempt brings the job back.
+    Night("cleared_deferred", "Clear, deferred", "deferred", Morning(tries=2, cancels=(0, 1))),
+    Night("cleared_running", "Clear, running", "on a worker", Morning(tries=2, cancels=(0, 1))),
+    Night("cleared_succeeded_waiting", "Clear, succeeded", "on a worker", SECOND_TRY, after="restarted_waiting"),
+    Night("cleared_succeeded_deferred", "Clear, succeeded", "deferred", SECOND_TRY, after="restarted_deferred"),
+    *both("marked", "Marked failed", CANCELLED),
+    Night("lost_worker", "Worker lost", "on a worker", SECOND_TRY, {"retries": 1}),
+    Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), {"retries": 1}),
+    Night("triggerer", "Triggerer restarted or lost", "deferred", Morning()),
+    *both("timeout", "`timeout` passed", CANCELLED, timeout=20),
+    *both("queue_timeout", "`queue_timeout` passed", CANCELLED, queue_timeout=10),
+    Night("execution_timeout", "`execution_timeout` passed", "on a worker", CANCELLED, {"execution_timeout_s": 20}),
+    *both("down", "Service unreachable", SECOND_TRY, retries=1, retry_delay_s=DOWN_S + 5),
+    *both("restarted", "Service restarted", Morning(), poll_interval=DOWN_S / 2),
+)
+
+
+def figures(nights: tuple[Night, ...] = NIGHTS) -> str:
+    """The nights as a table in Markdown."""
+    lines = [
+        "| event | the task waits | jobs | cancelled | the job ends | the task ends | its tries | rows out |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for night in nights:
+        end = night.morning
+        cancels = " or ".join(map(str, end.cancels))
+        rows = "all, each once" if end.job == "succeeded" else "no `_SUCCESS`"
+        cells = (night.event, night.waits, 1, cancels, end.job, end.task, end.tries, rows)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(figures())
