@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from moegen.ops.expert_kernel import _TILE_ROWS, PANEL, _tile
 from moegen.ops.kernel_cache import lock_kernel_cache
-from moegen.ops.vector_ir import I8, I32, LANES, V16, V32, VF, as_float, at, i64, load, splat, store, v32, vf
+from moegen.ops.vector_ir import I8, I32, LANES, V16, V32, VF, as_floats, at, i64, load, splat, store, v32, vf
 from moegen.ops.weight_codes import AWQ_SHIFTS, HALF_FACTOR
 
 lock_kernel_cache()
@@ -94,7 +94,7 @@ def _expand_block(typing: Any, scale_kind: Any, kind: Any, codes: Any, stride: A
             b, [b.load(b.inttoptr(at(b, codes, b.mul(i64(row), stride), 1), _V8.as_pointer()), align=1)
                 for row in range(LANES)]
         )  # fmt: skip
-        scale = as_float(b, scales, scale_kind)
+        scale = as_floats(b, scales, scale_kind)
         end = b.append_basic_block("expanded")
         choice = b.switch(kind, end)
         for name, number in KINDS.items():
@@ -125,7 +125,7 @@ def _expand_words_down(typing: Any, scale_kind: Any, bits: Any, codes: Any, scal
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         _, bits, codes, scales, zeros, to = args
-        words, scale, zero = load(b, codes, V32), as_float(b, scales, scale_kind), _zeros_at(b, zeros)
+        words, scale, zero = load(b, codes, V32), as_floats(b, scales, scale_kind), _zeros_at(b, zeros)
         wide = splat(b, b.trunc(bits, I32))
         mask = b.sub(b.shl(v32([1] * LANES), wide), v32([1] * LANES))
         with cgutils.for_range(b, b.sdiv(i64(32), bits)) as loop:
@@ -144,7 +144,7 @@ def _expand_words_across(typing: Any, scale_kind: Any, output: Any, codes: Any, 
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         _, output, codes, scales, zeros, to = args
-        scale, zero = as_float(b, scales, scale_kind), _zeros_at(b, zeros)
+        scale, zero = as_floats(b, scales, scale_kind), _zeros_at(b, zeros)
         count = max(LANES // 8, 1)
         kind = ir.VectorType(I32, count)
         few = b.load(b.inttoptr(codes, kind.as_pointer()), align=4)

@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import numba_threads
-from moegen.ops.vector_ir import V16, V32, VF, i64, load, nbytes, store, v32
+from moegen.ops.vector_ir import as_floats, i64, nbytes, store
 from moegen.ops.vectors import (
     BLOCK,
     DEPTH,
@@ -323,10 +323,7 @@ def widen_block(typing, kind, source, to):  # type: ignore[no-untyped-def]
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         for vector in range(BLOCK // LANES):
             place = b.add(args[1], i64(vector * LANES * nbytes(kind)))
-            values = load(b, place, VF if kind == types.float32 else V16)
-            if kind != types.float32:
-                values = b.bitcast(b.shl(b.zext(values, V32), v32([16] * LANES)), VF)
-            store(b, values, b.add(args[2], i64(vector * LANES * _FLOAT)))
+            store(b, as_floats(b, place, kind), b.add(args[2], i64(vector * LANES * _FLOAT)))
         return context.get_dummy_value()
 
     return types.void(kind, types.intp, types.intp), generate

@@ -74,6 +74,13 @@ def as_float(b: ir.IRBuilder, address: ir.Value, kind: types.Type) -> ir.Value:
     return b.bitcast(b.shl(b.zext(load(b, address, I16), I32), ir.Constant(I32, 16)), F32)
 
 
+def as_floats(b: ir.IRBuilder, address: ir.Value, kind: types.Type) -> ir.Value:
+    """The LANES elements there, in their order, as float32."""
+    if kind == types.float32:
+        return load(b, address, VF)
+    return b.bitcast(b.shl(b.zext(load(b, address, V16), V32), v32([16] * LANES)), VF)
+
+
 def halves(b: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:
     """Of words that hold two bfloat16 each: the lower ones and the upper ones, as float32."""
     return [b.bitcast(half, VF) for half in (b.shl(words, v32([16] * LANES)), b.and_(words, v32([0xFFFF0000] * LANES)))]

@@ -63,7 +63,10 @@ class FirstRows:
         while self._runs and len(self._runs[-1]) < 2 * len(records):
             records = np.concatenate([self._runs.pop(), records])
         if len(records):
-            self._runs.append(records[np.argsort(records["high"], kind="stable")])
+            order = np.argsort(records["high"], kind="stable")
+            for half in ("high", "low", "row"):  # one after another: a second copy of all would be as large as all
+                records[half] = records[half][order]
+            self._runs.append(records)
 
 
 class StoredFirstRows(FirstRows):
