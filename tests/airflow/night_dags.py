@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from airflow.sdk import DAG
-from nights import NIGHTS, SLOW, TASK, Night
+from nights import NIGHTS, QUICK, TASK, Night
 
 from moegen_airflow.operator import MoegenBatchOperator
 
@@ -24,7 +24,7 @@ def task(night: Night) -> None:
         moegen_conn_id="{{ params.service }}",
         deferrable=night.deferrable,
         retry_delay=timedelta(seconds=own.pop("retry_delay_s", 1)),
-        **SLOW | own,
+        **QUICK | own,
     )
 
 

@@ -18,16 +18,15 @@ DOWN_S = 120 if FULL else 10  # without a service
 
 ROWS = 24
 TASK = "answer"
+QUICK = {"prompt_column": "text", "sampling_params": {"max_tokens": 8, "ignore_eos": True}, "poll_interval": 0.5}
 # Two rows in the engine at once, a part for every six: slow enough to be caught in the middle.
 SLOW = {
-    "prompt_column": "text",
-    "sampling_params": {"max_tokens": 100, "ignore_eos": True},
+    "sampling_params": {"max_tokens": 32, "ignore_eos": True},
     "job_params": {
         "output": {"rows_per_part": 6},
         "checkpoint": {"journal_seconds": 0.5},
-        "engine": {"plan": {"kv_pages": 20, "page_tokens": 16}},
+        "engine": {"plan": {"kv_pages": 10, "page_tokens": 16}},
     },
-    "poll_interval": 0.5,
 }
 
 
@@ -73,22 +72,22 @@ CANCELLED = Morning(job="cancelled", task="failed", cancels=(1,))
 SECOND_TRY = Morning(tries=2)
 
 NIGHTS = (
-    *both("failure", "Retry", SECOND_TRY, retries=1),
+    *both("failure", "Retry", SECOND_TRY, retries=1, retry_delay_s=5),
     *both("cancelled", "Cancelled at the service", Morning(tries=2, cancels=(1,)), retries=1),
     # A cancel that comes before the next attempt is the attempt's own, and that attempt brings the job back.
     Night("cleared_deferred", "Clear, deferred", "deferred", Morning(tries=2, cancels=(0, 1))),
     Night("cleared_running", "Clear, running", "on a worker", Morning(tries=2, cancels=(0, 1))),
     Night("cleared_succeeded_waiting", "Clear, succeeded", "on a worker", SECOND_TRY, after="restarted_waiting"),
     Night("cleared_succeeded_deferred", "Clear, succeeded", "deferred", SECOND_TRY, after="restarted_deferred"),
-    *both("marked", "Marked failed", CANCELLED),
-    Night("lost_worker", "Worker lost", "on a worker", SECOND_TRY, {"retries": 1}),
-    Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), {"retries": 1}),
-    Night("triggerer", "Triggerer restarted or lost", "deferred", Morning()),
+    *both("marked", "Marked failed", CANCELLED, **SLOW),
+    Night("lost_worker", "Worker lost", "on a worker", SECOND_TRY, SLOW | {"retries": 1}),
+    Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), SLOW | {"retries": 1}),
+    Night("triggerer", "Triggerer restarted or lost", "deferred", Morning(), SLOW),
     *both("timeout", "`timeout` passed", CANCELLED, timeout=20),
     *both("queue_timeout", "`queue_timeout` passed", CANCELLED, queue_timeout=10),
     Night("execution_timeout", "`execution_timeout` passed", "on a worker", CANCELLED, {"execution_timeout_s": 20}),
-    *both("down", "Service unreachable", SECOND_TRY, retries=1, retry_delay_s=DOWN_S + 5),
-    *both("restarted", "Service restarted", Morning(), poll_interval=DOWN_S / 2),
+    *both("down", "Service unreachable", SECOND_TRY, retries=1, retry_delay_s=DOWN_S + 20),
+    *both("restarted", "Service restarted", Morning(), **SLOW, poll_interval=max(10, DOWN_S / 2)),
 )
 
 

@@ -1,20 +1,20 @@
 """The nights of nights.py on a running Airflow: one job in each, and in the morning what the documentation says.
 
-They mostly wait, so they happen at the same time, on three services; those that stop Airflow's triggerer or a service
-come last. `MOEGEN_NIGHTS=full` takes the lengths of the real thing: 20 clears, two minutes without a service.
+They mostly wait, so they happen at the same time, on three services; the triggerer is restarted when all the others
+have had their event. `MOEGEN_NIGHTS=full` takes the real lengths: 20 clears, two minutes without a service.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -22,13 +22,7 @@ from tests.airflow.guest import Guest
 from tests.airflow.lane import Lane
 from tests.airflow.nights import CLEARS, DOWN_S, NIGHTS, ROWS, Morning, Night
 
-pytestmark = [
-    pytest.mark.airflow,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(
-        not os.environ.get("MOEGEN_NIGHTS"), reason="minutes long: MOEGEN_NIGHTS=short or =full runs it"
-    ),
-]
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(1500)]
 
 BY_NAME = {night.name: night for night in NIGHTS}
 Invite = Callable[..., Guest]
@@ -36,10 +30,11 @@ Invite = Callable[..., Guest]
 
 @pytest.fixture(scope="module")
 def lanes(tmp_path_factory) -> Iterator[dict[str, Lane]]:
-    """Services: on `queue` all jobs wait for another, on `middle` they are caught half way, `frail` goes down."""
+    """Services: on `queue` all jobs wait for another, on `middle` they are caught half way, `frail` goes down; and one
+    for the night of the triggerer."""
     folder = tmp_path_factory.mktemp("lanes")
     with ExitStack() as stack:
-        yield {name: stack.enter_context(Lane(folder / name)) for name in ("queue", "middle", "frail")}
+        yield {name: stack.enter_context(Lane(folder / name)) for name in ("queue", "middle", "frail", "triggerer")}
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +51,10 @@ def invite(airflow, lanes, stage) -> Invite:
 @pytest.fixture(scope="module")
 def guests(invite) -> dict[str, Guest]:
     """Every night that has a task of its own, at its end."""
-    with ThreadPoolExecutor(16) as threads:
-        first = [threads.submit(nights, invite) for nights in (queued, half_way)]
-        guests = [guest for nights in first for guest in nights.result()]
-        last = [threads.submit(nights, invite) for nights in (frail, triggerer)]
-        guests += [guest for nights in last for guest in nights.result()]
-    return {guest.night.name: guest for guest in guests}
+    with ThreadPoolExecutor() as threads:
+        groups = [threads.submit(nights, invite) for nights in (queued, half_way, frail)]
+        guests = [invite("triggerer", "triggerer").play(partial(restart_the_triggerer, others=groups))]
+        return {guest.night.name: guest for guest in guests + [guest for group in groups for guest in group.result()]}
 
 
 # --- what happens ----------------------------------------------------------------------------------------------------
@@ -111,17 +104,12 @@ def wait_for_the_cancel(guest: Guest) -> None:
 
 def half_way(invite: Invite) -> list[Guest]:
     """Nights with some rows saved and some left, one after the other; and jobs that fail."""
-    guests = [
+    return [
         invite("lost_worker", "middle").play(lose_the_worker),
         invite("redeploy", "middle").play(redeploy),
         invite("marked_deferred", "middle").play(mark_failed),
+        *(invite(f"failure_{way}", "middle", model=f"half_{way}").play(fail_once) for way in ("waiting", "deferred")),
     ]
-    half = guests[0].stage.model_without_tokenizer()
-    failures = [invite(f"failure_{way}", "middle", model=half.name) for way in ("waiting", "deferred")]
-    with ThreadPoolExecutor(16) as threads:
-        guests += threads.map(lambda guest: guest.play(lambda guest: guest.wait_job("failed")), failures)
-    shutil.copy(guests[0].stage.folder / "model" / "tokenizer.json", half)
-    return guests
 
 
 def lose_the_worker(guest: Guest) -> None:
@@ -144,31 +132,43 @@ def mark_failed(guest: Guest) -> None:
         guest.wait_job("cancelled")
 
 
+def fail_once(guest: Guest) -> None:
+    """Its checkpoint is complete only after the job has failed."""
+    guest.wait_job("failed")
+    shutil.copy(guest.stage.folder / "model" / "tokenizer.json", guest.stage.folder / guest.model)
+
+
 def frail(invite: Invite) -> list[Guest]:
     """Nights without a service: killed while a job runs and others queue, and back after a while."""
-    names = [f"{event}_{way}" for event in ("down", "restarted") for way in ("waiting", "deferred")]
-    with ThreadPoolExecutor(16) as threads:
-        guests = list(threads.map(lambda name: invite(name, "frail").play(lambda _: None), names))
-    lane = guests[0].lane
-    lane.wait_saved()
-    lane.kill()
+    names = [f"{event}_{way}" for event in ("restarted", "down") for way in ("waiting", "deferred")]
+    first, *others = guests = [invite(name, "frail") for name in names]
+    lane = first.begin().lane
+    with ThreadPoolExecutor() as threads:
+        begun = [threads.submit(guest.play, lambda _: None) for guest in others]
+        with lane.held(first.key):
+            wait(begun)
+            lane.kill()
     time.sleep(DOWN_S)
+    for guest in guests[2:]:
+        guest.wait_state("up_for_retry")
     lane.start()
     return guests
 
 
-def triggerer(invite: Invite) -> list[Guest]:
-    return [invite("triggerer", "middle").play(restart_the_triggerer)]
-
-
-def restart_the_triggerer(guest: Guest) -> None:
+def restart_the_triggerer(guest: Guest, others: list[Future[list[Guest]]]) -> None:
+    """When all others have had their event; many of them are deferred still."""
     with guest.lane.held(guest.key):
         guest.wait_watched()
         guest.note_progress()
+        wait(others)
+        looks = guest.looks()
         guest.airflow.restart_triggerer()
+        guest.wait_watched(looks)
     while guest.job["state"] == "running":
         guest.note_progress()
-        time.sleep(0.2)
+        time.sleep(0.5)
+    guest.end()
+    guest.note_progress()
 
 
 # --- what has come of it ---------------------------------------------------------------------------------------------
