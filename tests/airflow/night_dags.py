@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from airflow.sdk import DAG
-from nights import NIGHTS, QUICK, TASK, Night
+from nights import PLAYED, QUICK, TASK, Night
 
 from moegen_airflow.operator import MoegenBatchOperator
 
@@ -28,6 +28,6 @@ def task(night: Night) -> None:
     )
 
 
-for night in [night for night in NIGHTS if not night.after]:
+for night in [night for night in PLAYED if not night.after]:
     with DAG(night.dag_id, schedule=None, params=PARAMS):
         task(night)
