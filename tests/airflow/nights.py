@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 FULL = os.environ.get("MOEGEN_NIGHTS") == "full"  # every night in its real length; CI takes some, and shorter ones
-CLEARS = 20 if FULL else 4  # of one deferred task, one after the other
+CLEARS = 20 if FULL else 3  # of one deferred task, one after the other
 DOWN_S = 120 if FULL else 10  # without a service
 
 ROWS = 24
