@@ -27,7 +27,7 @@ class Guest:
     airflow: Standalone
     lane: Lane
     stage: Stage
-    model: str = "model"  # the checkpoint's folder on the stage
+    model: str = "model"  # the checkpoint's folder on the stage; another one lacks its tokenizer
     seen: list[dict[str, Any]] = field(default_factory=list)  # of the XCom `progress`, without repetitions
     error: Exception | None = None  # what went wrong while it was played: of its own test, not of the others'
     run_id: str = field(init=False)
@@ -35,6 +35,8 @@ class Guest:
 
     def begin(self) -> Guest:
         """Starts the Dag run; returns as soon as the job is submitted and the task waits."""
+        if self.model != "model":
+            self.stage.model_without_tokenizer(self.model)
         conf = self.stage.conf(self.stage.table(self.night.name, ROWS), self.night.name)
         model = str(self.stage.folder / self.model)
         conf |= {"model_uri": model, "service": self.lane.name}
@@ -102,12 +104,20 @@ class Guest:
         """Until this attempt of the task has taken the job over."""
         self._wait(lambda: self.job["owner"] == number, f"try {number} has attached")
 
+    def wait_state(self, state: str) -> None:
+        """Of the task."""
+        self._wait(lambda: self._state == state, f"the task is {state}")
+
     def wait_job(self, state: str) -> None:
         self._wait(lambda: self.job["state"] == state, f"the job is {state}")
 
-    def wait_watched(self) -> None:
-        """Until a deferred task's trigger has begun: Airflow calls `on_kill` of no other."""
-        self._wait(lambda: "rows (" in self.airflow.logs(*self.ids, self._try), "the trigger polls")
+    def looks(self) -> int:
+        """How many lines about rows the trigger of the latest attempt has written."""
+        return self.airflow.logs(*self.ids, self._try).count("rows (")
+
+    def wait_watched(self, looks: int = 0) -> None:
+        """Until a deferred task's trigger has begun, after so many looks: Airflow calls `on_kill` of no other."""
+        self._wait(lambda: self.looks() > looks, "the trigger polls")
 
     def end(self) -> None:
         """Until task and job have ended."""
@@ -133,6 +143,6 @@ class Guest:
 
     def _wait(self, condition: Callable[[], Any], what: str) -> Any:
         try:
-            return wait_until(condition, f"{self.night.name}: {what}", PATIENCE_S, 0.5)
+            return wait_until(condition, f"{self.night.name}: {what}", PATIENCE_S, 1)
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.airflow.why(self.night.dag_id, self.run_id)}") from error

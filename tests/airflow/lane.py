@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
@@ -134,26 +135,24 @@ class Lane(RealService):
         """As somebody would who has looked the owner up."""
         owner = self.job(key)["owner"]
         address = f"http://127.0.0.1:{self.witness.port}/v1/jobs/{key}"
-        httpx.delete(address, params={"owner": owner}).raise_for_status()
+        self.client.delete(address, params={"owner": owner}).raise_for_status()
 
     def runners(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children()
 
-    def wait_saved(self) -> str:
-        """Until the running job has saved rows and some are left; its key."""
-        return wait_until(self._half_done, "a job is half way", 300, 0.1)
+    def wait_saved(self, key: str) -> None:
+        """Until the job has saved rows; it must not have ended by then."""
+        wait_until(lambda: self._saved(self.job(key)), "the job is half way", 300, 0.05)
 
-    def _half_done(self) -> str | None:
-        for job in self.jobs():
-            progress = job["progress"] or {}
-            if job["state"] == "running" and 0 < progress.get("rows_saved", 0) < progress["rows_total"]:
-                return job["key"]
-        return None
+    def _saved(self, job: dict[str, Any]) -> bool:
+        assert job["state"] in ("queued", "running"), f"the job is {job['state']} before it was caught half way"
+        progress = job["progress"] or {}
+        return 0 < progress.get("rows_saved", 0) < progress["rows_total"]
 
     @contextmanager
     def held(self, key: str) -> Iterator[None]:
         """The job stands still half way until the block ends."""
-        assert self.wait_saved() == key
+        self.wait_saved(key)
         with self._stopped():
             yield
 
@@ -167,11 +166,11 @@ class Lane(RealService):
             "output": {"uri": "out"},
         }
         job = f"{self.url}/v1/jobs/{self.BUSY}"
-        httpx.put(job, json=least | {"sampling": {"max_tokens": 1}}).raise_for_status()
+        self.client.put(job, json=least | {"sampling": {"max_tokens": 1}}).raise_for_status()
         wait_until(self.runners, "the runner has started", 60, 0.02)
         with self._stopped():
             yield
-            httpx.delete(job).raise_for_status()
+            self.client.delete(job).raise_for_status()
 
     @contextmanager
     def _stopped(self) -> Iterator[None]:

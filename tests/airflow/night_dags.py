@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from airflow.sdk import DAG
-from nights import NIGHTS, SLOW, TASK, Night
+from nights import PLAYED, QUICK, TASK, Night
 
 from moegen_airflow.operator import MoegenBatchOperator
 
@@ -24,10 +24,10 @@ def task(night: Night) -> None:
         moegen_conn_id="{{ params.service }}",
         deferrable=night.deferrable,
         retry_delay=timedelta(seconds=own.pop("retry_delay_s", 1)),
-        **SLOW | own,
+        **QUICK | own,
     )
 
 
-for night in [night for night in NIGHTS if not night.after]:
+for night in [night for night in PLAYED if not night.after]:
     with DAG(night.dag_id, schedule=None, params=PARAMS):
         task(night)

@@ -12,22 +12,21 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-FULL = os.environ.get("MOEGEN_NIGHTS") == "full"  # the lengths of the real thing; CI takes shorter ones
-CLEARS = 20 if FULL else 4  # of one deferred task, one after the other
+FULL = os.environ.get("MOEGEN_NIGHTS") == "full"  # every night in its real length; CI takes some, and shorter ones
+CLEARS = 20 if FULL else 3  # of one deferred task, one after the other
 DOWN_S = 120 if FULL else 10  # without a service
 
 ROWS = 24
 TASK = "answer"
+QUICK = {"prompt_column": "text", "sampling_params": {"max_tokens": 8, "ignore_eos": True}, "poll_interval": 0.5}
 # Two rows in the engine at once, a part for every six: slow enough to be caught in the middle.
 SLOW = {
-    "prompt_column": "text",
-    "sampling_params": {"max_tokens": 100, "ignore_eos": True},
+    "sampling_params": {"max_tokens": 32, "ignore_eos": True},
     "job_params": {
         "output": {"rows_per_part": 6},
         "checkpoint": {"journal_seconds": 0.5},
-        "engine": {"plan": {"kv_pages": 20, "page_tokens": 16}},
+        "engine": {"plan": {"kv_pages": 10, "page_tokens": 16}},
     },
-    "poll_interval": 0.5,
 }
 
 
@@ -51,6 +50,7 @@ class Night:
     morning: Morning
     task: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # arguments of the operator
     after: str = ""  # the night to whose task it happens, when that has ended; "": to a task of its own
+    short: bool = False  # CI plays it too
 
     @property
     def dag_id(self) -> str:
@@ -61,11 +61,11 @@ class Night:
         return self.waits == "deferred"
 
 
-def both(name: str, event: str, morning: Morning, **task: Any) -> tuple[Night, Night]:
-    """The same night for a task that waits on a worker and for one that defers."""
+def both(name: str, event: str, morning: Morning, short: str = "", **task: Any) -> tuple[Night, Night]:
+    """The same night for a task that waits on a worker and for one that defers; `short` says which of them CI plays."""
     return (
-        Night(f"{name}_waiting", event, "on a worker", morning, task),
-        Night(f"{name}_deferred", event, "deferred", morning, task),
+        Night(f"{name}_waiting", event, "on a worker", morning, task, short=short in ("waiting", "both")),
+        Night(f"{name}_deferred", event, "deferred", morning, task, short=short in ("deferred", "both")),
     )
 
 
@@ -73,23 +73,35 @@ CANCELLED = Morning(job="cancelled", task="failed", cancels=(1,))
 SECOND_TRY = Morning(tries=2)
 
 NIGHTS = (
-    *both("failure", "Retry", SECOND_TRY, retries=1),
+    *both("failure", "Retry", SECOND_TRY, retries=1, retry_delay_s=5),
     *both("cancelled", "Cancelled at the service", Morning(tries=2, cancels=(1,)), retries=1),
     # A cancel that comes before the next attempt is the attempt's own, and that attempt brings the job back.
-    Night("cleared_deferred", "Clear, deferred", "deferred", Morning(tries=2, cancels=(0, 1))),
-    Night("cleared_running", "Clear, running", "on a worker", Morning(tries=2, cancels=(0, 1))),
+    Night("cleared_deferred", "Clear, deferred", "deferred", Morning(tries=2, cancels=(0, 1)), short=True),
+    Night("cleared_running", "Clear, running", "on a worker", Morning(tries=2, cancels=(0, 1)), short=True),
     Night("cleared_succeeded_waiting", "Clear, succeeded", "on a worker", SECOND_TRY, after="restarted_waiting"),
-    Night("cleared_succeeded_deferred", "Clear, succeeded", "deferred", SECOND_TRY, after="restarted_deferred"),
-    *both("marked", "Marked failed", CANCELLED),
-    Night("lost_worker", "Worker lost", "on a worker", SECOND_TRY, {"retries": 1}),
-    Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), {"retries": 1}),
-    Night("triggerer", "Triggerer restarted or lost", "deferred", Morning()),
-    *both("timeout", "`timeout` passed", CANCELLED, timeout=20),
-    *both("queue_timeout", "`queue_timeout` passed", CANCELLED, queue_timeout=10),
-    Night("execution_timeout", "`execution_timeout` passed", "on a worker", CANCELLED, {"execution_timeout_s": 20}),
-    *both("down", "Service unreachable", SECOND_TRY, retries=1, retry_delay_s=DOWN_S + 5),
-    *both("restarted", "Service restarted", Morning(), poll_interval=DOWN_S / 2),
+    Night(
+        "cleared_succeeded_deferred", "Clear, succeeded", "deferred", SECOND_TRY, after="restarted_deferred", short=True
+    ),
+    *both("marked", "Marked failed", CANCELLED, short="both", **SLOW),
+    Night("lost_worker", "Worker lost", "on a worker", SECOND_TRY, SLOW | {"retries": 1}, short=True),
+    Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), SLOW | {"retries": 1}),
+    Night("triggerer", "Triggerer restarted or lost", "deferred", Morning(), SLOW, short=True),
+    *both("timeout", "`timeout` passed", CANCELLED, short="deferred", timeout=20),
+    *both("queue_timeout", "`queue_timeout` passed", CANCELLED, short="waiting", queue_timeout=10),
+    Night(
+        "execution_timeout",
+        "`execution_timeout` passed",
+        "on a worker",
+        CANCELLED,
+        {"execution_timeout_s": 20},
+        short=True,
+    ),
+    *both("down", "Service unreachable", SECOND_TRY, short="waiting", retries=1, retry_delay_s=DOWN_S + 20),
+    *both("restarted", "Service restarted", Morning(), short="deferred", **SLOW, poll_interval=max(10, DOWN_S / 2)),
 )
+
+
+PLAYED = tuple(night for night in NIGHTS if FULL or night.short)
 
 
 def figures(nights: tuple[Night, ...] = NIGHTS) -> str:

@@ -36,9 +36,9 @@ class Stage:
         folder = self.folder
         return {"input_uri": table, "output_uri": str(folder / "out" / output), "model_uri": str(folder / "model")}
 
-    def model_without_tokenizer(self) -> Path:
+    def model_without_tokenizer(self, name: str) -> Path:
         """A checkpoint that is still being copied: what it lacks is found out by the runner."""
-        return Path(shutil.copytree(self.folder / "model", self.folder / "half", ignore=lambda *_: ["tokenizer.json"]))
+        return Path(shutil.copytree(self.folder / "model", self.folder / name, ignore=lambda *_: ["tokenizer.json"]))
 
 
 def build_stage(folder: Path) -> Stage:

@@ -1,18 +1,24 @@
-"""A real `airflow standalone` (sqlite, free ports, its own home) and its REST API."""
+"""A real Airflow on this machine (sqlite, free ports, its own home) and its REST API.
+
+What `airflow standalone` starts, but for one thing: the API for people and the API for tasks are two processes. Airflow
+3.3 writes its audit log in the event loop. When a task's request holds sqlite's write lock at that moment, it waits for
+the same loop before it commits, and both stand still until sqlite's timeout.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from tests.provider.real_service import free_port, wait_until
 
@@ -24,11 +30,11 @@ class Standalone:
 
     def __init__(self, home: Path, dags_folder: Path, **environment: str) -> None:
         self.home = home
-        self.port = free_port()
+        self.port, self._task_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = os.environ | self._settings(dags_folder) | environment
         self._writing = threading.Lock()  # one request at a time: its database is sqlite
-        self._beginning = threading.Lock()
+        self._beginning = threading.BoundedSemaphore(3)  # tasks; more of them make each other slow
         self._processes: list[subprocess.Popen[bytes]] = []
         self.client = httpx.Client(base_url=f"{self.url}/api/v2", timeout=150)
 
@@ -39,13 +45,13 @@ class Standalone:
             "PYTHONWARNINGS": "ignore",
             "AIRFLOW_HOME": str(self.home),
             # The scheduler gives up when it finds sqlite locked for the usual five seconds.
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home}/airflow.db?timeout=20",
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home}/airflow.db?timeout=60",
             "AIRFLOW__CORE__DAGS_FOLDER": str(dags_folder),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
             "AIRFLOW__CORE__PARALLELISM": "2",
-            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{self._task_port}/execution/",
             "AIRFLOW__API__HOST": "127.0.0.1",
             "AIRFLOW__API__PORT": str(self.port),
             "AIRFLOW__API__WORKERS": "1",
@@ -55,17 +61,27 @@ class Standalone:
             "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "2",
             "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "3",
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
+            # On a busy machine the first trigger's first request takes half a minute: its process loads the tasks' API.
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "90",
+            "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "90",
+            "AIRFLOW__TRIGGERER__RUNNER_HEALTH_CHECK_THRESHOLD": "90",
+            "AIRFLOW__DAG_PROCESSOR__HEALTH_CHECK_THRESHOLD": "90",
             "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "600",
         }
 
     def __enter__(self) -> Standalone:
         self.home.mkdir(parents=True, exist_ok=True)
-        self._log = (self.home / "standalone.log").open("wb")
-        self._process = self._start("standalone")
+        self._log = (self.home / "airflow.log").open("wb")
         try:
-            wait_until(self._healthy, "airflow standalone is healthy", timeout_s=300, interval_s=1)
+            self._prepare_database()
+            self._start("api-server", "--apps", "core")
+            self._start("api-server", "--apps", "execution", "--port", str(self._task_port))
+            for command in ("scheduler", "dag-processor"):
+                self._start(command)
+            self._triggerer = self._start("triggerer")
+            wait_until(self._healthy, "Airflow is healthy", timeout_s=300, interval_s=1)
             token = httpx.get(f"{self.url}/auth/token").raise_for_status().json()["access_token"]
             self.client.headers["Authorization"] = f"Bearer {token}"
         except BaseException:
@@ -79,18 +95,25 @@ class Standalone:
             _end(process)
         self._log.close()
 
-    def _start(self, command: str) -> subprocess.Popen[bytes]:
+    def _prepare_database(self) -> None:
+        """With a write-ahead log, which stays on: readers and a writer do not wait for each other."""
+        with closing(sqlite3.connect(self.home / "airflow.db")) as database:
+            assert database.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+        assert self._start("db", "migrate").wait(timeout=300) == 0, self._log_tail()
+        self._processes.clear()
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
         """An `airflow` command in a session of its own."""
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "airflow"), command],
+            [str(Path(sys.executable).parent / "airflow"), *command],
             env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self._processes.append(process)
         return process
 
     def _healthy(self) -> bool:
-        if self._process.poll() is not None:
-            raise RuntimeError(f"airflow standalone ended: {(self.home / 'standalone.log').read_text()[-3000:]}")
+        if ended := [process.args for process in self._processes if process.poll() is not None]:
+            raise RuntimeError(f"{ended} ended: {self._log_tail()}")
         try:
             health = self.client.get("/monitor/health").json()
         except (httpx.HTTPError, ValueError):
@@ -98,13 +121,14 @@ class Standalone:
         rooms = ("metadatabase", "scheduler", "triggerer", "dag_processor")
         return all(health.get(room, {}).get("status") == "healthy" for room in rooms)
 
+    def _log_tail(self) -> str:
+        return (self.home / "airflow.log").read_text(errors="replace")[-3000:]
+
     def restart_triggerer(self) -> None:
         """In order, as a redeploy does."""
-        children = psutil.Process(self._process.pid).children()
-        (old,) = [child for child in children if any("triggerer" in word for word in child.cmdline())]
-        old.terminate()
-        wait_until(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, "the triggerer ends")
-        self._start("triggerer")
+        self._triggerer.terminate()
+        self._triggerer.wait(timeout=60)
+        self._triggerer = self._start("triggerer")
 
     def connect(self, connection_id: str, port: int) -> None:
         """A connection to a job service on this machine."""
@@ -116,13 +140,18 @@ class Standalone:
         return self.client.get(path).raise_for_status().json()
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._write("POST", path, body)
+
+    def patch(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._write("PATCH", path, body)
+
+    def _write(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with self._writing:
-            return self.client.post(path, json=body).raise_for_status().json()
+            return self.client.request(method, path, json=body).raise_for_status().json()
 
     def trigger(self, dag_id: str, **conf: Any) -> str:
         """Starts a Dag run as soon as the Dag is there, and waits until a task of it has begun; its id."""
         wait_until(lambda: self.client.get(f"/dags/{dag_id}").is_success, f"Dag {dag_id} is there", 180, 1)
-        # One after the other: tasks that begin in the same second stand in each other's way in sqlite.
         with self._beginning:
             run_id = self.post(f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
             tasks = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances"
@@ -147,7 +176,7 @@ class Standalone:
     def mark_failed(self, dag_id: str, run_id: str, task_id: str) -> None:
         """What the button in the browser does."""
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}"
-        self.client.patch(path, json={"new_state": "failed"}).raise_for_status()
+        self.patch(path, {"new_state": "failed"})
 
     def clear(self, dag_id: str, run_id: str, task_id: str) -> None:
         body = {"dry_run": False, "dag_run_id": run_id, "task_ids": [task_id], "only_failed": False}
@@ -160,7 +189,7 @@ class Standalone:
     def approve(self, dag_id: str, run_id: str, task_id: str) -> None:
         """What the button in the browser does."""
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/-1/hitlDetails"
-        self.client.patch(path, json={"chosen_options": ["Approve"], "params_input": {}}).raise_for_status()
+        self.patch(path, {"chosen_options": ["Approve"], "params_input": {}})
 
     def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value") -> Any:
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}"

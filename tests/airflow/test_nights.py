@@ -1,45 +1,41 @@
 """The nights of nights.py on a running Airflow: one job in each, and in the morning what the documentation says.
 
-They mostly wait, so they happen at the same time, on three services; those that stop Airflow's triggerer or a service
-come last. `MOEGEN_NIGHTS=full` takes the lengths of the real thing: 20 clears, two minutes without a service.
+They mostly wait, so they happen at the same time, on three services; the triggerer is restarted when all the others
+have had their event. `MOEGEN_NIGHTS=full` takes all of them, in real lengths: 20 clears, two minutes without a service.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
 from tests.airflow.guest import Guest
 from tests.airflow.lane import Lane
-from tests.airflow.nights import CLEARS, DOWN_S, NIGHTS, ROWS, Morning, Night
+from tests.airflow.nights import CLEARS, DOWN_S, PLAYED, ROWS, Morning, Night
 
-pytestmark = [
-    pytest.mark.airflow,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(
-        not os.environ.get("MOEGEN_NIGHTS"), reason="minutes long: MOEGEN_NIGHTS=short or =full runs it"
-    ),
-]
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(1500)]
 
-BY_NAME = {night.name: night for night in NIGHTS}
+BY_NAME = {night.name: night for night in PLAYED}
 Invite = Callable[..., Guest]
+Events = dict[str, Callable[[Guest], object]]
 
 
 @pytest.fixture(scope="module")
 def lanes(tmp_path_factory) -> Iterator[dict[str, Lane]]:
-    """Services: on `queue` all jobs wait for another, on `middle` they are caught half way, `frail` goes down."""
+    """Services: on `queue` all jobs wait for another, on `middle` they are caught half way, `frail` goes down,
+    `calm` is for the others."""
     folder = tmp_path_factory.mktemp("lanes")
     with ExitStack() as stack:
-        yield {name: stack.enter_context(Lane(folder / name)) for name in ("queue", "middle", "frail")}
+        yield {name: stack.enter_context(Lane(folder / name)) for name in ("queue", "middle", "frail", "calm")}
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +52,11 @@ def invite(airflow, lanes, stage) -> Invite:
 @pytest.fixture(scope="module")
 def guests(invite) -> dict[str, Guest]:
     """Every night that has a task of its own, at its end."""
-    with ThreadPoolExecutor(16) as threads:
-        first = [threads.submit(nights, invite) for nights in (queued, half_way)]
-        guests = [guest for nights in first for guest in nights.result()]
-        last = [threads.submit(nights, invite) for nights in (frail, triggerer)]
-        guests += [guest for nights in last for guest in nights.result()]
-    return {guest.night.name: guest for guest in guests}
+    with ThreadPoolExecutor() as threads:
+        groups = [threads.submit(nights, invite) for nights in (queued, half_way, frail)]
+        guests = failing(invite)
+        guests.append(invite("triggerer", "calm").play(partial(restart_the_triggerer, others=groups)))
+        return {guest.night.name: guest for guest in guests + [guest for group in groups for guest in group.result()]}
 
 
 # --- what happens ----------------------------------------------------------------------------------------------------
@@ -69,7 +64,7 @@ def guests(invite) -> dict[str, Guest]:
 
 def queued(invite: Invite) -> list[Guest]:
     """Nights before the job has begun."""
-    events = {
+    events: Events = {
         "cleared_deferred": clear_often,
         "cleared_running": clear_once,
         "marked_waiting": Guest.mark_failed,
@@ -81,9 +76,9 @@ def queued(invite: Invite) -> list[Guest]:
         "queue_timeout_deferred": wait_for_the_cancel,
         "execution_timeout": wait_for_the_cancel,
     }
-    guests = [invite(name, "queue") for name in events]
+    guests = [invite(name, "queue") for name in events if name in BY_NAME]
     with guests[0].lane.busy(), ThreadPoolExecutor(16) as threads:
-        return list(threads.map(Guest.play, guests, events.values()))
+        return list(threads.map(lambda guest: guest.play(events[guest.night.name]), guests))
 
 
 def clear_often(guest: Guest) -> None:
@@ -110,18 +105,9 @@ def wait_for_the_cancel(guest: Guest) -> None:
 
 
 def half_way(invite: Invite) -> list[Guest]:
-    """Nights with some rows saved and some left, one after the other; and jobs that fail."""
-    guests = [
-        invite("lost_worker", "middle").play(lose_the_worker),
-        invite("redeploy", "middle").play(redeploy),
-        invite("marked_deferred", "middle").play(mark_failed),
-    ]
-    half = guests[0].stage.model_without_tokenizer()
-    failures = [invite(f"failure_{way}", "middle", model=half.name) for way in ("waiting", "deferred")]
-    with ThreadPoolExecutor(16) as threads:
-        guests += threads.map(lambda guest: guest.play(lambda guest: guest.wait_job("failed")), failures)
-    shutil.copy(guests[0].stage.folder / "model" / "tokenizer.json", half)
-    return guests
+    """Nights with some rows saved and some left, one after the other."""
+    events: Events = {"lost_worker": lose_the_worker, "redeploy": redeploy, "marked_deferred": mark_failed}
+    return [invite(name, "middle").play(event) for name, event in events.items() if name in BY_NAME]
 
 
 def lose_the_worker(guest: Guest) -> None:
@@ -144,31 +130,52 @@ def mark_failed(guest: Guest) -> None:
         guest.wait_job("cancelled")
 
 
+def failing(invite: Invite) -> list[Guest]:
+    """Nights with a job that fails for a reason that passes."""
+    names = [name for name in ("failure_waiting", "failure_deferred") if name in BY_NAME]
+    guests = [invite(name, "calm", model=name) for name in names]
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda guest: guest.play(fail_once), guests))
+
+
+def fail_once(guest: Guest) -> None:
+    """Its checkpoint is complete only after the job has failed."""
+    guest.wait_job("failed")
+    shutil.copy(guest.stage.folder / "model" / "tokenizer.json", guest.stage.folder / guest.model)
+
+
 def frail(invite: Invite) -> list[Guest]:
     """Nights without a service: killed while a job runs and others queue, and back after a while."""
-    names = [f"{event}_{way}" for event in ("down", "restarted") for way in ("waiting", "deferred")]
-    with ThreadPoolExecutor(16) as threads:
-        guests = list(threads.map(lambda name: invite(name, "frail").play(lambda _: None), names))
-    lane = guests[0].lane
-    lane.wait_saved()
-    lane.kill()
+    names = ("restarted_deferred", "restarted_waiting", "down_deferred", "down_waiting")
+    first, *others = guests = [invite(name, "frail") for name in names if name in BY_NAME]
+    lane = first.begin().lane
+    with ThreadPoolExecutor() as threads:
+        begun = [threads.submit(guest.play, lambda _: None) for guest in others]
+        with lane.held(first.key):
+            wait(begun)
+            lane.kill()
     time.sleep(DOWN_S)
+    for guest in guests:
+        if guest.night.morning.tries == 2:
+            guest.wait_state("up_for_retry")
     lane.start()
     return guests
 
 
-def triggerer(invite: Invite) -> list[Guest]:
-    return [invite("triggerer", "middle").play(restart_the_triggerer)]
-
-
-def restart_the_triggerer(guest: Guest) -> None:
+def restart_the_triggerer(guest: Guest, others: list[Future[list[Guest]]]) -> None:
+    """When all others have had their event; many of them are deferred still."""
     with guest.lane.held(guest.key):
         guest.wait_watched()
         guest.note_progress()
+        wait(others)
+        looks = guest.looks()
         guest.airflow.restart_triggerer()
+        guest.wait_watched(looks)
     while guest.job["state"] == "running":
         guest.note_progress()
-        time.sleep(0.2)
+        time.sleep(0.5)
+    guest.end()
+    guest.note_progress()
 
 
 # --- what has come of it ---------------------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ def found(guest: Guest, morning: Morning) -> None:
     assert guest.rows() == (list(range(ROWS)) if morning.job == "succeeded" else None)
 
 
-@pytest.mark.parametrize("night", [night for night in NIGHTS if not night.after], ids=lambda night: night.name)
+@pytest.mark.parametrize("night", [night for night in PLAYED if not night.after], ids=lambda night: night.name)
 def test_a_night(guests, night):
     guest = guests[night.name]
     if guest.error:
@@ -200,7 +207,7 @@ def test_a_night(guests, night):
     found(guest, expected(night))
 
 
-@pytest.mark.parametrize("night", [night for night in NIGHTS if night.after], ids=lambda night: night.name)
+@pytest.mark.parametrize("night", [night for night in PLAYED if night.after], ids=lambda night: night.name)
 def test_a_night_after_the_end(guests, night):
     guest = guests[night.after]
     guest.end()
@@ -214,7 +221,8 @@ def test_a_night_after_the_end(guests, night):
 
 
 def test_what_was_saved_is_not_computed_again(guests):
-    assert 0 < guests["redeploy"].job["manifest"]["resumed_rows"] < ROWS
+    manifest = guests["restarted_deferred"].job["manifest"]
+    assert 0 < manifest["resumed_rows"] + manifest["journal_rows"] < ROWS
     assert guests["lost_worker"].job["attempts"] == guests["triggerer"].job["attempts"] == 1
 
 

@@ -38,6 +38,7 @@ class RealService:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.connection_uri = f"moegen://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)  # one: it loads the certificate authorities
 
     def __enter__(self) -> RealService:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -62,21 +63,22 @@ class RealService:
                     self._process.wait(timeout=15)
                 except subprocess.TimeoutExpired:
                     continue
+        self.client.close()
         self._log.close()
 
     def log_tail(self) -> str:
         return (self.folder / "service.log").read_text(errors="replace")[-2000:]
 
     def jobs(self) -> list[dict[str, Any]]:
-        return httpx.get(f"{self.url}/v1/jobs").raise_for_status().json()["jobs"]
+        return self.client.get("/v1/jobs").raise_for_status().json()["jobs"]
 
     def job(self, key: str) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/v1/jobs/{key}").raise_for_status().json()
+        return self.client.get(f"/v1/jobs/{key}").raise_for_status().json()
 
     def _healthy(self) -> bool:
         if self._process.poll() is not None:
             raise RuntimeError(f"moegen serve ended with {self._process.returncode}: {self.log_tail()}")
         try:
-            return httpx.get(f"{self.url}/health", timeout=2).is_success
+            return self.client.get("/health", timeout=2).is_success
         except httpx.HTTPError:
             return False
