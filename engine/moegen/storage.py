@@ -179,7 +179,7 @@ def list_names(folder: str) -> list[str]:
     with storage_errors(folder, "listed"):
         try:
             entries = fs.ls(path, detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
     return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
 
@@ -335,7 +335,7 @@ def remove(uri: str) -> None:
     with storage_errors(uri, "removed"):
         try:
             fs.rm_file(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
 
 

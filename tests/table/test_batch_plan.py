@@ -13,9 +13,9 @@ from moegen.table.batch_plan import BatchPlan, batch_folder
 from moegen.table.fingerprint import fingerprint
 from moegen.table.reader import InputFile
 
-FILE = InputFile("s3://me:password@bucket/in.parquet", 100, "1", 25)
+FILE = InputFile("s3://bucket/in.parquet?X-Signature=password", 100, "1", 25)
 SPEC: dict[str, Any] = {
-    "input": {"uri": "s3://me:password@bucket/in.parquet"},
+    "input": {"uri": "s3://bucket/in.parquet?X-Signature=password"},
     "prompt": {"template": "PROMPT of {text}, see https://site/page?a=b"},
     "model": {"uri": "https://host/model?X-Signature=password"},
     "sampling": {"max_tokens": 8},
