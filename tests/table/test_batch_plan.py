@@ -13,9 +13,9 @@ from moegen.table.batch_plan import BatchPlan, batch_folder
 from moegen.table.fingerprint import fingerprint
 from moegen.table.reader import InputFile
 
-FILE = InputFile("s3://bucket/in.parquet?X-Signature=password", 100, "1", 25)
+FILE = InputFile("https://bucket/in.parquet?X-Signature=password", 100, "1", 25)
 SPEC: dict[str, Any] = {
-    "input": {"uri": "s3://bucket/in.parquet?X-Signature=password"},
+    "input": {"uri": "https://bucket/in.parquet?X-Signature=password"},
     "prompt": {"template": "PROMPT of {text}, see https://site/page?a=b"},
     "model": {"uri": "https://host/model?X-Signature=password"},
     "sampling": {"max_tokens": 8},
@@ -33,7 +33,7 @@ def test_it_says_what_the_work_is_and_holds_no_credentials(tmp_path: Path) -> No
     text = (tmp_path / "plan.json").read_text()
     assert "password" not in text
     written = json.loads(text)
-    assert written["input_files"] == [{"uri": "s3://bucket/in.parquet", "size_bytes": 100, "version": "1", "rows": 25}]
+    assert written["input_files"] == [{"uri": "https://bucket/in.parquet", "size_bytes": 100, "version": "1", "rows": 25}]
     assert (written["rows"], written["rows_per_part"], written["parts"]) == (25, 10, 3)
     assert written["spec"]["prompt"]["template"] == SPEC["prompt"]["template"]
     assert written["spec"]["sampling"]["max_tokens"] == 8
@@ -60,7 +60,7 @@ def test_the_same_work_goes_on_and_the_file_stays(tmp_path: Path) -> None:
         (
             {"file": InputFile(FILE.uri, 100, "2", 25)},
             InputError,
-            r"s3://bucket/in\.parquet changed since the job began",
+            r"https://bucket/in\.parquet changed since the job began",
         ),
         (
             {"file": InputFile("s3://bucket/b.parquet", 100, "1", 25), "input": {"uri": "s3://bucket/b.parquet"}},
