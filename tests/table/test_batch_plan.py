@@ -33,7 +33,8 @@ def test_it_says_what_the_work_is_and_holds_no_credentials(tmp_path: Path) -> No
     text = (tmp_path / "plan.json").read_text()
     assert "password" not in text
     written = json.loads(text)
-    assert written["input_files"] == [{"uri": "https://bucket/in.parquet", "size_bytes": 100, "version": "1", "rows": 25}]
+    file = {"uri": "https://bucket/in.parquet", "size_bytes": 100, "version": "1", "rows": 25}
+    assert written["input_files"] == [file]
     assert (written["rows"], written["rows_per_part"], written["parts"]) == (25, 10, 3)
     assert written["spec"]["prompt"]["template"] == SPEC["prompt"]["template"]
     assert written["spec"]["sampling"]["max_tokens"] == 8
