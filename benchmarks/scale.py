@@ -87,17 +87,26 @@ def prepare(folder: Path, rows: int, parts: int) -> Figures:
 
 def _write_parts(spec: JobSpec, parts: int) -> None:
     from moegen.job.digest import model_digest
+    from moegen.job.prepare import Prepared, Preparer
+    from moegen.job.repeats import Repeats
+    from moegen.table.batch_plan import batch_folder
     from moegen.table.columns import result_columns
     from moegen.table.fingerprint import fingerprint
+    from moegen.table.first_rows import StoredFirstRows
     from moegen.table.reader import TableReader
     from moegen.table.writer import TableWriter
     from moegen.text import Tokenizer
 
-    reader = TableReader(spec.input, ["prompt"])
-    digest = model_digest(spec.model.uri)
-    work = fingerprint(spec, digest, Tokenizer.load(spec.model.uri).digest, reader.files)
+    reader, tokenizer = TableReader(spec.input, ["prompt"]), Tokenizer.load(spec.model.uri)
+    digest, preparer = model_digest(spec.model.uri), Preparer(spec, tokenizer, 512)
+    work = fingerprint(spec, digest, tokenizer.digest, reader.files)
     writer = TableWriter(spec.output, reader.schema, reader.rows, work, work[:16], None, result_columns(spec))
+    first_rows = StoredFirstRows(batch_folder(spec.output.uri, work[:16]), (), _ROWS_PER_PART)
+    writer.before_commit, repeats = first_rows.save, Repeats(first_rows)
     for batch in reader.batches(lambda first_row, rows: first_row < parts * _ROWS_PER_PART):
+        for prepared in preparer.prepare(enumerate(batch.values, batch.first_row)):
+            if isinstance(prepared, Prepared) and prepared.request.row_index < parts * _ROWS_PER_PART:
+                repeats.first(prepared.request)
         for row in writer.add_batch(batch):
             if row < parts * _ROWS_PER_PART:
                 writer.add(RowResult(row, Status.OK, "an answer", finish_reason="stop", prompt_tokens=9))
