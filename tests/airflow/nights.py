@@ -82,11 +82,11 @@ NIGHTS = (
     Night(
         "cleared_succeeded_deferred", "Clear, succeeded", "deferred", SECOND_TRY, after="restarted_deferred", short=True
     ),
-    *both("marked", "Marked failed", CANCELLED, short="both", **SLOW),
+    *both("marked", "Marked failed", CANCELLED, short="deferred", **SLOW),
     Night("lost_worker", "Worker lost", "on a worker", SECOND_TRY, SLOW | {"retries": 1}, short=True),
     Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), SLOW | {"retries": 1}),
     Night("triggerer", "Triggerer restarted or lost", "deferred", Morning(), SLOW, short=True),
-    *both("timeout", "`timeout` passed", CANCELLED, short="deferred", timeout=20),
+    *both("timeout", "`timeout` passed", CANCELLED, timeout=20),
     *both("queue_timeout", "`queue_timeout` passed", CANCELLED, short="waiting", queue_timeout=10),
     Night(
         "execution_timeout",
@@ -94,7 +94,6 @@ NIGHTS = (
         "on a worker",
         CANCELLED,
         {"execution_timeout_s": 20},
-        short=True,
     ),
     *both("down", "Service unreachable", SECOND_TRY, short="waiting", retries=1, retry_delay_s=DOWN_S + 20),
     *both("restarted", "Service restarted", Morning(), short="deferred", **SLOW, poll_interval=max(10, DOWN_S / 2)),
