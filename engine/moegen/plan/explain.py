@@ -26,7 +26,7 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
         f"{shape.active_weights / 1e6:,.1f} M active, stored as {shape.dtype}",
     ]
     if shape.moe_layers:
-        lines.insert(1, _expert(shape, plan))
+        lines.append(_expert(shape, plan))
     heads = format_bytes(shape.kv_per_token * DTYPE_BYTES[plan.kv_dtype])
     if shape.latent_kv_per_token is None:
         return [*lines, f"KV        {heads} per token"]
