@@ -235,12 +235,18 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def add_weighted_rows(out_TD, tokens_S, weights_S, answer_SD, threads):  # type: ignore[no-untyped-def]
-    """`out[tokens[s]] += weights[s] * answer[s]`, pair after pair; threads share the columns, so that none collide."""
-    width = out_TD.shape[1]
+def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, threads):  # type: ignore[no-untyped-def]
+    """`out[t] += weights[s] * answer[s - first]` for s in `places[t]`, one after another, where `answer` has that row.
+
+    Threads share the tokens: a token's row stays in a core's cache until all of its experts are added.
+    """
+    tokens, width = out_TD.shape
     for thread in numba.prange(threads):
-        left, right = width * thread // threads, width * (thread + 1) // threads
-        for s in range(tokens_S.shape[0]):
-            token, weight = tokens_S[s], weights_S[s]
-            for d in range(left, right):
-                out_TD[token, d] += weight * answer_SD[s, d]
+        for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            for k in range(places_TK.shape[1]):
+                place = places_TK[t, k]
+                row = place - first
+                if 0 <= row < answer_SD.shape[0]:
+                    weight = weights_S[place]
+                    for d in range(width):
+                        out_TD[t, d] += weight * answer_SD[row, d]

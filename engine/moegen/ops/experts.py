@@ -50,6 +50,15 @@ class _Routed:
     tokens_S: torch.Tensor
     ids_S: torch.Tensor
     weights_S: torch.Tensor
+    places_TK: torch.Tensor  # of a token's pairs among them, in the order of its experts
+
+    @classmethod
+    def of(cls, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> _Routed:
+        ids_S, order_S = expert_ids_TK.flatten().sort(stable=True)
+        places_S = torch.empty_like(order_S)
+        places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+        places_TK = places_S.view(expert_ids_TK.shape).sort(dim=1).values
+        return cls(order_S // expert_ids_TK.shape[1], ids_S, weights_TK.flatten()[order_S], places_TK)
 
 
 def grouped_experts(
@@ -68,10 +77,8 @@ def grouped_experts(
     intermediate activations are bounded; in smaller ones where the device has no room. A token's experts are added in
     the order of their ids, in float32, whatever else is in the pass: the sum does not depend on the batch.
     """
-    top_k = expert_ids_TK.shape[1]
-    ids_S, order_S = expert_ids_TK.flatten().sort(stable=True)
-    routed = _Routed(order_S // top_k, ids_S, weights_TK.flatten()[order_S])
-    counts_E = torch.bincount(ids_S, minlength=module.num_experts)[: module.num_experts].tolist()
+    routed = _Routed.of(expert_ids_TK, weights_TK)
+    counts_E = torch.bincount(routed.ids_S, minlength=module.num_experts)[: module.num_experts].tolist()
     starts_E = [0, *torch.tensor(counts_E).cumsum(0).tolist()]
     out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
     at_once, laid_TD = MicroBatch.of(expert_tokens, "expert"), hidden_TD
@@ -81,7 +88,7 @@ def grouped_experts(
         rest = ExpertChunk(tuple(counts_E[group.first : end]), slice(starts_E[group.first], starts_E[end]))
         while rest.total:
             chunk, answer_SD = at_once.run(partial(_answer, module, group, laid_TD, routed, rest), rest.total)
-            _add_rows(out_TD, routed.tokens_S[chunk.pairs], routed.weights_S[chunk.pairs], answer_SD, chunk.counts)
+            _add_rows(out_TD, routed, chunk, answer_SD)
             rest = rest.after(chunk)
     return out_TD.to(hidden_TD.dtype)
 
@@ -113,16 +120,15 @@ def _expert_mlp(
     return module.post_expert_norm(out_SD) if has_norm else out_SD
 
 
-def _add_rows(
-    out_TD: torch.Tensor, tokens_S: torch.Tensor, weights_S: torch.Tensor, answer_SD: torch.Tensor,
-    counts: tuple[int, ...],
-) -> None:  # fmt: skip
+def _add_rows(out_TD: torch.Tensor, routed: _Routed, chunk: ExpertChunk, answer_SD: torch.Tensor) -> None:
     """Adds in float32, expert after expert; `answer_SD` is weighted already but on a CPU."""
     if out_TD.device.type == "cpu":
+        weights_S, places_TK = routed.weights_S.float().numpy(), routed.places_TK.numpy()
         with numba_threads() as threads:
             add_weighted_rows(
-                out_TD.numpy(), tokens_S.numpy(), weights_S.float().numpy(), answer_SD.float().numpy(), threads
+                out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), chunk.pairs.start, threads
             )
         return
-    for tokens, answer in zip(tokens_S.split(counts), answer_SD.split(counts), strict=True):
+    tokens_S = routed.tokens_S[chunk.pairs]
+    for tokens, answer in zip(tokens_S.split(chunk.counts), answer_SD.split(chunk.counts), strict=True):
         out_TD.index_add_(0, tokens, answer)  # one expert has a token at most once: no two adds race
