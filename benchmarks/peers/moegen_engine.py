@@ -11,6 +11,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from moegen.cores import share_cores
+
+share_cores()  # as every command does, before torch is imported
+
 from moegen.plan.machine import Machine
 from moegen.plan.search import choose_plan
 from moegen.plan.workload import Workload

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import moegen
+from moegen.cores import share_cores
 from moegen.errors import InputError, Interrupted, MoegenError, SpecError, StorageError
 from moegen.job.progress import Progress
 from moegen.job.status import RunnerStatus
@@ -38,6 +39,7 @@ _LONGEST = 1200  # characters of an error: it may quote a name or a value
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    share_cores()
     try:
         args = _parser().parse_args(arguments)
     except SpecError as error:
