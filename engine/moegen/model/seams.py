@@ -63,6 +63,10 @@ class PassContext(Protocol):
         """Keeps the new keys and values of `layer` and answers the queries: `[T, H, value_dim]`."""
         ...
 
+    def recur(self, layer: Any, hidden_1TD: torch.Tensor) -> Any:
+        """What `layer`, a `moegen.model.recurrent.RecurrentModule`, answers; its new states are kept."""
+        ...
+
 
 def attention(
     module: nn.Module,

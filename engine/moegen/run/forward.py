@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from moegen.memory.kv_pool import KVPool
+from moegen.memory.state_pool import StatePool
 from moegen.model.host import ModelHost
+from moegen.model.recurrent import RecurrentModule, recur
 from moegen.model.seams import Done, Observer
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.micro_batch import MicroBatch
@@ -18,11 +21,12 @@ from moegen.schedule.step import AttentionBatch, Step
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What the layers of one pass share: its micro-batches and the pages (a `PassContext`)."""
+    """What the layers of one pass share: its micro-batches, the pages and the state slots (a `PassContext`)."""
 
     step: Step
     at_once: MicroBatch
     pool: KVPool
+    states: StatePool | None
     observer: Observer
     current: AttentionBatch | None = None  # the micro-batch at hand, inside an attention stage
     _cuts: dict[int, tuple[AttentionBatch, ...]] = field(default_factory=dict)  # by the size of a micro-batch
@@ -62,6 +66,27 @@ class Pass:
         with self.observer.timed("attention"):
             return self.in_batches(every) if self.current is None else one(self.current, slice(None))
 
+    def recur(self, layer: RecurrentModule, hidden_1TD: torch.Tensor) -> Any:
+        """As `attend`: all tokens of a layer that runs whole come at once."""
+        states = self.states
+        assert states is not None, "a model with recurrent layers runs with slots"
+
+        def every(batches: Sequence[AttentionBatch]) -> Any:
+            cut = (hidden_1TD[:, batch.first : batch.first + batch.length] for batch in batches)
+            return _joined([recur(layer, x, batch, states, self.step) for x, batch in zip(cut, batches, strict=True)])
+
+        with self.observer.timed("attention"):
+            return self.in_batches(every) if self.current is None else recur(
+                layer, hidden_1TD, self.current, states, self.step
+            )
+
+
+def _joined(answers: list[Any]) -> Any:
+    """Answers of consecutive micro-batches as one, `[1, T, ...]`, each a tensor or a tuple of such and None."""
+    if isinstance(answers[0], tuple):
+        return tuple(_joined(list(parts)) for parts in zip(*answers, strict=True))
+    return None if answers[0] is None else torch.cat(answers, dim=1)
+
 
 @torch.inference_mode()
 def forward(
@@ -70,15 +95,16 @@ def forward(
     step: Step,
     attention_tokens: int | MicroBatch,
     *,
+    states: StatePool | None = None,
     logit_tokens: int | None = None,
     keep: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Logits of `step.last_tokens`, or of the token indices `keep`, in order: `[s, V]`, at most `logit_tokens` a time.
 
-    Attention runs in micro-batches of `attention_tokens`. Every token's KV is in the pool once the first piece is
-    there.
+    Attention runs in micro-batches of `attention_tokens`. Every token's KV is in the pool, and every sequence's state
+    in `states`, once the first piece is there.
     """
-    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, host.observer)
+    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, states, host.observer)
     yield from host.logits(
         torch.from_numpy(step.token_ids),
         torch.from_numpy(step.positions),
