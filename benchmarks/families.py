@@ -29,11 +29,14 @@ COMMAND = "python -m benchmarks.families"
 LACKING: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 8},
     "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "hunyuan_v1_moe": {"head_dim": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
                        "indexer_compress_ratio": 4},
 }  # fmt: skip
+LACKING["gemma4"] = {"text_config": LACKING["gemma4_text"]}
 LACKING["qwen4_exp"] = {"text_config": LACKING["qwen4_exp_text"]}
 
 _HEAD = f"""# Model families

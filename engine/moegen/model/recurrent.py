@@ -11,6 +11,7 @@ state for more than one token, is found out by running them.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -150,6 +151,38 @@ class RecurrentModule(nn.Module):
         return self.module(**{**self._nothing, self._hidden: hidden_SnD, self._cache: view})
 
 
+class ClampedSteps(nn.Module):
+    """Takes the place of a Mamba-2 mixer's `in_proj`, whose last outputs become time steps, softplus(output + bias).
+
+    transformers clamps them where there are several tokens, and does not where there is one. Clamped here, before the
+    softplus, they are the same whether a token comes alone or with others.
+    """
+
+    def __init__(self, mixer: Any) -> None:
+        super().__init__()
+        self.projection, self._bias_H = mixer.in_proj, mixer.dt_bias
+        self._limits = [_before_softplus(limit) for limit in mixer.time_step_limit]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.projection(x)
+        steps = out[..., -len(self._bias_H) :]
+        low, high = (limit - self._bias_H.to(steps.dtype) for limit in self._limits)
+        steps.copy_(steps.clamp(low, high))
+        return out
+
+
+def _before_softplus(value: float) -> float:
+    if value <= 0:
+        return -math.inf
+    return value + math.log(-math.expm1(-value))  # log(exp(value) - 1) that does not overflow
+
+
+def _clamps_steps(module: Any) -> bool:
+    limits = getattr(module, "time_step_limit", None)
+    parts = (getattr(module, name, None) for name in ("in_proj", "dt_bias"))
+    return limits is not None and tuple(limits) != (0.0, math.inf) and all(part is not None for part in parts)
+
+
 def hear_of_passes(model: nn.Module) -> None:
     """Each `RecurrentModule` hears of the pass from the modules above it, as they are called.
 
@@ -179,13 +212,13 @@ def place_recurrent(model: nn.Module) -> list[RecurrentModule]:
         if keeps_state(child)
     ]
     for parent, name, child in places:
+        if _clamps_steps(child):
+            child.in_proj = ClampedSteps(child)
         setattr(parent, name, RecurrentModule(child))
     return [module for module in model.modules() if isinstance(module, RecurrentModule)]
 
 
-def recur(
-    module: RecurrentModule, hidden_1TD: torch.Tensor, batch: AttentionBatch, pool: StatePool, visit: Any
-) -> Any:
+def recur(module: RecurrentModule, hidden_1TD: torch.Tensor, batch: AttentionBatch, pool: StatePool, visit: Any) -> Any:
     """The module's answer to the T tokens of a micro-batch, whose states go from slot to slot; batches come in order."""
     if batch.first == 0:
         pool.begin(module, visit)

@@ -76,8 +76,10 @@ class Pass:
             return _joined([recur(layer, x, batch, states, self.step) for x, batch in zip(cut, batches, strict=True)])
 
         with self.observer.timed("attention"):
-            return self.in_batches(every) if self.current is None else recur(
-                layer, hidden_1TD, self.current, states, self.step
+            return (
+                self.in_batches(every)
+                if self.current is None
+                else recur(layer, hidden_1TD, self.current, states, self.step)
             )
 
 

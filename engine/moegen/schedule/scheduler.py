@@ -23,8 +23,8 @@ from moegen.row import RowError, Status
 from moegen.schedule.level import Level
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.prefix import SharedPrefix
-from moegen.schedule.slots import SlotLedger
 from moegen.schedule.sequence import Finished, Request, Sequence
+from moegen.schedule.slots import SlotLedger
 from moegen.schedule.step import Chunk, Step
 
 WINDOW_ROWS = 1024  # read ahead of admission, to be put in order
