@@ -219,7 +219,7 @@ def place_recurrent(model: nn.Module) -> list[RecurrentModule]:
 
 
 def recur(module: RecurrentModule, hidden_1TD: torch.Tensor, batch: AttentionBatch, pool: StatePool, visit: Any) -> Any:
-    """The module's answer to the T tokens of a micro-batch, whose states go from slot to slot; batches come in order."""
+    """The module's answer to the T tokens of a micro-batch, from slot to slot; micro-batches come in order."""
     if batch.first == 0:
         pool.begin(module, visit)
     layer = pool.layers[module]

@@ -93,8 +93,8 @@ def tiny_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     for name, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, name, value[:layers])
-        elif name.endswith("_token_id"):
-            setattr(text, name, None)
+        elif name.endswith("_token_id"):  # vocabularies are small; some models put the padding where images were
+            setattr(text, name, 0 if name == "pad_token_id" and value is not None else None)
     for name, most in _SMALL.items():  # by attribute: a config may store it under another name
         value = getattr(text, name, None)
         if isinstance(value, int) and value > most:

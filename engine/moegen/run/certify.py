@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -40,12 +41,26 @@ _PAGE_TOKENS, _PAGES, _PASS_TOKENS, _ATTENTION_TOKENS, _EXPERT_TOKENS, _LOGIT_TO
 _SLOTS = 4  # fewer than there are sequences, so that some are used again
 
 
+@dataclass(frozen=True)
+class Certified:
+    """What was shown equal, and what it keeps."""
+
+    way: Way
+    keeps_latents: bool
+    keeps_state: bool
+
+
 def certify(config: PreTrainedConfig, *, latent_kv: bool = True) -> Way:
     """How the engine may run models of this config; `latent_kv` as in the plan.
 
     Raises:
         UnsupportedModel: naming the layer or the reason.
     """
+    return certified(config, latent_kv=latent_kv).way
+
+
+def certified(config: PreTrainedConfig, *, latent_kv: bool = True) -> Certified:
+    """As `certify`, with what the layers keep."""
     family = config.model_type
     full = _full_model(config)
     _require_fixed_rotary(full, family)
@@ -71,7 +86,8 @@ def certify(config: PreTrainedConfig, *, latent_kv: bool = True) -> Way:
         if difference <= TOLERANCE:
             if latent_kv:
                 _require_latents(host, family)
-            return way
+            latents = any(shape.latent for shape in host.kv_shapes.values())
+            return Certified(way, latents, bool(host.state_shapes))
         reasons[way] = _unkept(host) or f"logits differ by {difference:.0e} of the largest"
     raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({reasons['seams']})")
 
