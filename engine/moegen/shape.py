@@ -23,6 +23,7 @@ _HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
 _KV_PROJECTION = re.compile(
     r"(?:model\.|language_model\.|backbone\.)*layers\.(\d+)\.(?:self_attn|mixer)\.[kv]_proj\.weight"
 )
+_INDEX_KEY = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.indexer\.wk\.weight")
 _EXPERTS_OF_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(?:experts|block_sparse_moe\.(?:in|out)put_linear)\.")
 _EXPERT_NAMES = (".experts.", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear")
 
@@ -303,7 +304,7 @@ def _kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
     heads = text.num_attention_heads
     if getattr(text, "kv_lora_rank", None):
         width = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
-        return int(_attending(text, tensors) * heads * width)
+        return int(_attending(text, tensors) * heads * width) + _index_keys(text, tensors)
     stored = [shape[0] for name, shape in tensors.items() if _is_kv_projection(name, text.num_hidden_layers)]
     if len(stored) == 2 * text.num_hidden_layers or recurrent_layers(text, tensors):
         return sum(stored)
@@ -323,6 +324,12 @@ def _layer_configs(text: Any) -> list[Any]:
     return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
 
 
+def _index_keys(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
+    """What sparse attention's indexers keep of a token."""
+    found = ((_INDEX_KEY.fullmatch(name), shape[0]) for name, shape in tensors.items())
+    return sum(width for match, width in found if match and int(match[1]) < text.num_hidden_layers)
+
+
 def _attending(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
     """Layers that keep keys and values."""
     return int(text.num_hidden_layers) - len(recurrent_layers(text, tensors))
@@ -337,7 +344,7 @@ def _is_kv_projection(name: str, layers: int) -> bool:
 def _latent_kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int | None:
     if not getattr(text, "kv_lora_rank", None):
         return None
-    return int(_attending(text, tensors) * (text.kv_lora_rank + text.qk_rope_head_dim))
+    return int(_attending(text, tensors) * (text.kv_lora_rank + text.qk_rope_head_dim)) + _index_keys(text, tensors)
 
 
 def _absorbed_width(text: Any) -> int:

@@ -17,6 +17,7 @@ from moegen.model.dense import panel_linears
 from moegen.model.latent import keep_latents
 from moegen.model.recurrent import RecurrentModule, StateView, hear_of_passes, place_recurrent
 from moegen.model.seams import Done, ExpertStage, Observer, PassContext, Unobserved
+from moegen.model.sparse import PagedIndexer, place_indexers, unmask
 from moegen.model.stages import StagedLayer, plain_parts
 from moegen.ops.attention import AttentionRule
 from moegen.ops.expert_weights import ExpertSupply, resident_experts
@@ -63,8 +64,8 @@ class ModelHost:
             keep_latents(model, stored)
         if model.device.type == "cpu" and model.dtype == torch.float32:
             panel_linears(model, stored)
-        if place_recurrent(model):
-            hear_of_passes(model)
+        unmask(model)
+        hear_of_passes(model, [*place_recurrent(model), *place_indexers(model)])
         if staged:
             stage_layers(model)
         self._trunk = _Trunk(model.base_model) if model.base_model is not model else None
@@ -156,6 +157,10 @@ class _Trace:
         _, kv_heads, key_dim = key_TGD.shape
         self.shapes[layer] = KVShape(kv_heads, key_dim, value_TGD.shape[-1], latent=rule.latent is not None)
         return query_THD.new_zeros(1, query_THD.shape[1], rule.value_dim(value_TGD))
+
+    def choose(self, layer: PagedIndexer, given: Mapping[str, Any]) -> torch.Tensor:
+        self.shapes[layer], chosen = layer.one_token(given)
+        return chosen
 
     def recur(self, layer: RecurrentModule, hidden_1TD: torch.Tensor) -> Any:
         self.states[layer] = layer.find_out(hidden_1TD)

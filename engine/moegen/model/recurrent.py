@@ -183,18 +183,18 @@ def _clamps_steps(module: Any) -> bool:
     return limits is not None and tuple(limits) != (0.0, math.inf) and all(part is not None for part in parts)
 
 
-def hear_of_passes(model: nn.Module) -> None:
-    """Each `RecurrentModule` hears of the pass from the modules above it, as they are called.
+def hear_of_passes(model: nn.Module, listeners: Sequence[Any]) -> None:
+    """Each of the `listeners` (modules with an attribute `current`) hears of the pass from the modules above it.
 
-    A hook does it, for not every family hands the argument `moegen` down to it.
+    A hook does it, for not every family hands the argument `moegen` down to them.
     """
     for module in model.modules():
-        below = [inner for inner in module.modules() if isinstance(inner, RecurrentModule)]
+        below = [inner for inner in module.modules() if inner in listeners]
         if below:
             module.register_forward_pre_hook(_tell(below), with_kwargs=True)
 
 
-def _tell(below: list[RecurrentModule]) -> Any:
+def _tell(below: list[Any]) -> Any:
     def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if (context := kwargs.get("moegen")) is not None:
             for inner in below:

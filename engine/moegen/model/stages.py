@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moegen.model.seams import PassContext
+from moegen.model.sparse import cut
 from moegen.schedule.step import AttentionBatch
 
 _PARTS = (  # by the names that families have for them
@@ -64,7 +65,7 @@ class StagedLayer(nn.Module):
         for batch in batches:
             own = slice(batch.first, batch.first + batch.length)
             x_1tD = hidden_1TD[:, own]
-            narrowed = {name: _narrow(value, own, moegen.tokens) for name, value in kwargs.items()}
+            narrowed = {name: cut(value, own, moegen.tokens) for name, value in kwargs.items()}
             attended = mixer(hidden_states=norm(x_1tD), moegen=moegen.within(batch), **narrowed)
             after_1TD[:, own] = x_1tD + _first(attended)
             normed_1TD[:, own] = next_norm(after_1TD[:, own])
@@ -73,12 +74,3 @@ class StagedLayer(nn.Module):
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _narrow(value: Any, own: slice, tokens: int) -> Any:
-    """Per-token arguments (`[1, T, ...]`: positions, rotary embeddings) cut to the micro-batch."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_narrow(item, own, tokens) for item in value)
-    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == tokens:
-        return value[:, own]
-    return value

@@ -86,8 +86,7 @@ def certified(config: PreTrainedConfig, *, latent_kv: bool = True) -> Certified:
         if difference <= TOLERANCE:
             if latent_kv:
                 _require_latents(host, family)
-            latents = any(shape.latent for shape in host.kv_shapes.values())
-            return Certified(way, latents, bool(host.state_shapes))
+            return Certified(way, _keeps_latents(host), bool(host.state_shapes))
         reasons[way] = _unkept(host) or f"logits differ by {difference:.0e} of the largest"
     raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({reasons['seams']})")
 
@@ -95,11 +94,16 @@ def certified(config: PreTrainedConfig, *, latent_kv: bool = True) -> Certified:
 def _require_latents(host: ModelHost, family: str) -> None:
     """The planner, which sees no code, has counted on latents wherever a config has their rank."""
     rank = getattr(host.model.config.get_text_config(), "kv_lora_rank", None)
-    if rank and not any(shape.latent for shape in host.kv_shapes.values()):
+    if rank and not _keeps_latents(host):
         raise UnsupportedModel(
             f"{family}: layers of type {', '.join(_mixer_names(host.model))} are not made of the known parts of latent "
             "attention; give engine.plan.latent_kv: false to keep the keys and values of all heads"
         )
+
+
+def _keeps_latents(host: ModelHost) -> bool:
+    """An indexer's keys have no values."""
+    return any(shape.latent and shape.value_dim for shape in host.kv_shapes.values())
 
 
 def tiny_reference(config: PreTrainedConfig, full: PreTrainedModel | None = None) -> PreTrainedModel:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from moegen.errors import BudgetError
 from moegen.memory.kv_pool import KVPool
 from moegen.memory.state_pool import StatePool
 from moegen.model.host import ModelHost
 from moegen.model.recurrent import RecurrentModule, recur
 from moegen.model.seams import Done, Observer
+from moegen.model.sparse import PagedIndexer, as_wide, cut
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.micro_batch import MicroBatch
 from moegen.schedule.step import AttentionBatch, Step
@@ -52,9 +54,12 @@ class Pass:
         rule: AttentionRule,
     ) -> torch.Tensor:  # fmt: skip
         """A layer that runs whole brings all its tokens at once; they are worked off batch by batch here."""
-        pages = self.pool.layers[layer]
+        pages, whole = self.pool.layers[layer], rule
 
         def one(batch: AttentionBatch, own: slice) -> torch.Tensor:
+            rule = whole if whole.chosen_TK is None else replace(whole, chosen_TK=whole.chosen_TK[own])
+            if self.pool.hosted is not None and rule.chosen_TK is not None:
+                raise BudgetError("engine.plan.kv_home: layers with a sparse indexer run with 'device' only")
             if self.pool.hosted is not None:
                 return self.pool.hosted.attend(query_THD[own], key_TGD[own], value_TGD[own], pages, batch, rule)
             pages.write(key_TGD[own], value_TGD[own], batch)
@@ -65,6 +70,22 @@ class Pass:
 
         with self.observer.timed("attention"):
             return self.in_batches(every) if self.current is None else one(self.current, slice(None))
+
+    def choose(self, layer: PagedIndexer, given: Mapping[str, Any]) -> torch.Tensor:
+        """As `attend`: all tokens of a layer that runs whole come at once."""
+        pages = self.pool.layers[layer]
+
+        def of(batch: AttentionBatch) -> torch.Tensor:
+            own = slice(batch.first, batch.first + batch.length)
+            return layer.choose({name: cut(value, own, self.tokens) for name, value in given.items()}, pages, batch)
+
+        def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
+            found = [of(batch) for batch in batches]
+            most = max(chosen.shape[-1] for chosen in found)
+            return torch.cat([as_wide(chosen, most) for chosen in found], dim=1)
+
+        with self.observer.timed("attention"):
+            return self.in_batches(every) if self.current is None else layer.choose(given, pages, self.current)
 
     def recur(self, layer: RecurrentModule, hidden_1TD: torch.Tensor) -> Any:
         """As `attend`: all tokens of a layer that runs whole come at once."""
