@@ -112,7 +112,7 @@ class ModelShape:
             layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
-            heads=text.num_attention_heads,
+            heads=max(layer.num_attention_heads for layer in _layer_configs(text)),
             experts=experts,
             experts_per_token=(_first(text, "num_experts_per_tok", "moe_topk", "moe_k") or 0) if experts else 0,
             max_position_embeddings=getattr(text, "max_position_embeddings", None) or 1 << 30,
@@ -301,14 +301,13 @@ def _kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
 
     A family may give its layers different heads by a rule that only its code knows.
     """
-    heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):
-        width = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
-        return int(_attending(text, tensors) * heads * width) + _index_keys(text, tensors)
+    layers = _attending(text, tensors)
+    if _rank(layers[0]):
+        return sum(_expanded_width(layer) for layer in layers) + _index_keys(text, tensors)
     stored = [shape[0] for name, shape in tensors.items() if _is_kv_projection(name, text.num_hidden_layers)]
     if len(stored) == 2 * text.num_hidden_layers or recurrent_layers(text, tensors):
         return sum(stored)
-    return sum(_heads_kv(layer) for layer in _layer_configs(text))
+    return sum(_heads_kv(layer) for layer in layers)
 
 
 def _heads_kv(layer: Any) -> int:
@@ -324,15 +323,27 @@ def _layer_configs(text: Any) -> list[Any]:
     return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
 
 
+def _attending(text: Any, tensors: dict[str, tuple[int, ...]]) -> list[Any]:
+    """The configs of the layers that keep keys and values; where none does, of one that would."""
+    recurrent = recurrent_layers(text, tensors)
+    layers = _layer_configs(text)
+    return [layer for index, layer in enumerate(layers) if index not in recurrent] or layers[:1]
+
+
+def _rank(layer: Any) -> int:
+    """Of latent attention, else 0."""
+    return int(getattr(layer, "kv_lora_rank", None) or 0)
+
+
+def _expanded_width(layer: Any) -> int:
+    """Keys and values of one layer's heads that are made of latents."""
+    return int(layer.num_attention_heads * (layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim))
+
+
 def _index_keys(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
     """What sparse attention's indexers keep of a token."""
     found = ((_INDEX_KEY.fullmatch(name), shape[0]) for name, shape in tensors.items())
     return sum(width for match, width in found if match and int(match[1]) < text.num_hidden_layers)
-
-
-def _attending(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
-    """Layers that keep keys and values."""
-    return int(text.num_hidden_layers) - len(recurrent_layers(text, tensors))
 
 
 def _is_kv_projection(name: str, layers: int) -> bool:
@@ -342,27 +353,27 @@ def _is_kv_projection(name: str, layers: int) -> bool:
 
 
 def _latent_kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int | None:
-    if not getattr(text, "kv_lora_rank", None):
+    layers = _attending(text, tensors)
+    if not _rank(layers[0]):
         return None
-    return int(_attending(text, tensors) * (text.kv_lora_rank + text.qk_rope_head_dim)) + _index_keys(text, tensors)
+    return sum(_rank(layer) + int(layer.qk_rope_head_dim) for layer in layers) + _index_keys(text, tensors)
 
 
 def _absorbed_width(text: Any) -> int:
-    rank = getattr(text, "kv_lora_rank", None)
-    return int(text.num_attention_heads * (2 * rank + text.qk_rope_head_dim)) if rank else 0
+    layers = (layer for layer in _layer_configs(text) if _rank(layer))
+    return max((int(x.num_attention_heads * (2 * _rank(x) + x.qk_rope_head_dim)) for x in layers), default=0)
 
 
 def _key_up_weights(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
-    rank = getattr(text, "kv_lora_rank", None)
-    return int(_attending(text, tensors) * text.num_attention_heads * text.qk_nope_head_dim * rank) if rank else 0
+    layers = (layer for layer in _attending(text, tensors) if _rank(layer))
+    return sum(int(layer.num_attention_heads * layer.qk_nope_head_dim * _rank(layer)) for layer in layers)
 
 
 def _attention_width(text: Any) -> int:
-    heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):
-        return int(heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
-
     def width(layer: Any) -> int:
+        if _rank(layer):
+            return _expanded_width(layer)
+        heads = layer.num_attention_heads
         key_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
         return int(heads * (key_dim + (getattr(layer, "v_head_dim", None) or key_dim)))
 

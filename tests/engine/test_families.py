@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 
 import moegen.model.seams
+import moegen.ops.attention
 import moegen.run.forward
 import pytest
 import torch
 import transformers
-from moegen.errors import UnsupportedModel
+from moegen.errors import BudgetError, UnsupportedModel
 from moegen.memory.kv_pool import KVPool
 from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
@@ -20,7 +21,7 @@ from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
 from moegen.ops.attention import AttentionRule
 from moegen.ops.kv_pages import LayerPages
 from moegen.row import Status
-from moegen.run.certify import certify
+from moegen.run.certify import certify, engine_model, logit_difference, tiny_reference
 from moegen.run.engine import Engine
 from moegen.run.families import default_config, families, judge
 from moegen.schedule.sequence import Request
@@ -35,7 +36,8 @@ from tests.engine.parts import plan, run
 RECURRENT = ("bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h",
              "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "zaya")  # fmt: skip
 CACHE_DIFFERS = ("nemotron_h",)  # clamps the time steps of many tokens and not those of one
-INDEXERS = ("axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "qwen4_exp_text")
+INDEXERS = ("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4")
+UNKNOWN_INDEXERS = ("deepseek_v4", "qwen4_exp_text")
 PROMPT_LENGTHS, ANSWER_TOKENS = (1, 21, 8, 13), 7
 # Sizes unlike those of `certify`, all of which cut these sequences elsewhere.
 PLAN = plan(attention_tokens=8, expert_tokens=23, pass_tokens=17, page_tokens=3, kv_pages=16)
@@ -126,7 +128,12 @@ def test_recurrent_families_keep_their_state_in_slots() -> None:
 
 
 @pytest.mark.parametrize("family", INDEXERS)
-def test_sparse_attention_is_refused_by_name(family: str) -> None:
+def test_sparse_attention_runs(family: str) -> None:
+    assert judge(family).way != "refused"
+
+
+@pytest.mark.parametrize("family", UNKNOWN_INDEXERS)
+def test_sparse_attention_of_another_kind_is_refused_by_name(family: str) -> None:
     assert re.search(r"\w+Indexer\b.* cannot be kept exact", judge(family).reason)
 
 
@@ -219,6 +226,21 @@ def test_certify_sees_unwritten_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerPages, "write", lambda *_: None)
     with pytest.raises(UnsupportedModel, match="logits differ by"):
         certify(Qwen3MoeConfig())
+
+
+def test_certify_sees_tokens_that_no_indexer_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_of_them(places_TK: torch.Tensor, keys: int) -> torch.Tensor:
+        return torch.ones(len(places_TK), keys, dtype=torch.bool)
+
+    monkeypatch.setattr(moegen.ops.attention, "_chosen", all_of_them)
+    with pytest.raises(UnsupportedModel, match="logits differ by"):
+        certify(default_config("deepseek_v32"))
+
+
+def test_sparse_attention_over_pages_on_the_host_is_refused() -> None:
+    reference = tiny_reference(default_config("deepseek_v32"))
+    with pytest.raises(BudgetError, match=r"engine\.plan\.kv_home"):
+        logit_difference(engine_model(reference, staged=True), reference, on_host=0.5)
 
 
 def test_certify_sees_a_lost_expert(monkeypatch: pytest.MonkeyPatch) -> None:

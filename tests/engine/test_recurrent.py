@@ -43,9 +43,10 @@ CPU = torch.device("cpu")
 # One of every kind of state: gated delta rule, of Kimi beside latents, Mamba 1 and 2, convolution, lightning, and one
 # inside attention.
 KINDS = ("qwen3_next", "kimi_linear", "jamba", "granitemoehybrid", "nemotron_h", "lfm2_moe", "minimax", "zaya")
+MORE = ("qwen3_next", "jamba", "zaya")  # in every size
 SIZES = [
     {"attention_tokens": 512, "expert_tokens": 4096, "pass_tokens": 512, "kv_pages": 512},
-    {"attention_tokens": 3, "expert_tokens": 17, "pass_tokens": 33, "page_tokens": 4, "kv_pages": 20},  # preemption
+    {"attention_tokens": 3, "expert_tokens": 17, "pass_tokens": 33, "page_tokens": 4, "kv_pages": 13},  # preemption
     {"attention_tokens": 13, "expert_tokens": 64, "pass_tokens": 16, "kv_pages": 100, "state_slots": 2},
 ]
 
@@ -73,7 +74,7 @@ def engine(model: PreTrainedModel, *, staged: bool = False, **sizes: int) -> Eng
     return Engine(ModelHost(own, staged=staged, expert_tokens=chosen.expert_tokens), chosen, None)
 
 
-def requests(rows: int = 9) -> list[Request]:
+def requests(rows: int = 8) -> list[Request]:
     """Ragged prompts of 1 to 40 tokens, answers of 1 to 9."""
     dice = random.Random(6)
     return [
@@ -97,8 +98,11 @@ def answers(models: dict[str, PreTrainedModel]) -> dict[str, list[tuple[int, ...
     return {family: [answer(model, request) for request in requests()] for family, model in models.items()}
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes.values())))
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [*((family, SIZES[1]) for family in KINDS), *((family, SIZES[i]) for family in MORE for i in (0, 2))],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
 def test_answers_are_transformers(
     family: str, sizes: dict[str, int], models: dict[str, PreTrainedModel],
     answers: dict[str, list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch,
@@ -136,7 +140,7 @@ def test_continuations_are_rated_as_transformers_does(family: str, models: dict[
             places = range(len(request.token_ids) - 1, len(request.token_ids) - 1 + len(continuation))
             log_probs = logits.double().log_softmax(-1)
             expected = sum(float(log_probs[p, t]) for p, t in zip(places, continuation, strict=True))
-            assert rated == pytest.approx(expected, abs=2e-4)
+            assert rated == pytest.approx(expected, abs=2e-3)  # float32, through a matrix per head
 
 
 def test_a_shared_beginning_is_not_shared(models: dict[str, PreTrainedModel]) -> None:
