@@ -285,7 +285,7 @@ def test_a_pool_has_the_bytes_of_its_slots(models: dict[str, PreTrainedModel]) -
         each = sum(shape.nbytes for shape in running.host.state_shapes.values())
         assert running.states.nbytes == 5 * each
         text = models["qwen3_next"].config
-        per_layer = (2 * 2 * 16 + 4 * 24) * 4 + 4 * 16 * 24  # a convolution over queries, keys and values; a matrix
+        per_layer = (2 * 2 * 64 + 4 * 48) * 4 + 4 * 64 * 48  # a convolution over queries, keys and values; a matrix
         assert each == 4 * 3 * per_layer == 4 * text.layer_types.count("linear_attention") * per_layer
 
 

@@ -32,9 +32,9 @@ _SMALL = {  # name: largest value kept
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_num_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-    "linear_head_dim": 16,
+    "linear_key_head_dim": 64,  # keys of few dims are alike, which amplifies rounding
+    "linear_value_head_dim": 48,
+    "linear_head_dim": 64,
     "mamba_num_heads": 4,
     "mamba_head_dim": 16,
     "mamba_d_state": 16,

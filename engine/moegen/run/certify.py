@@ -159,9 +159,11 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     But no larger: they amplify rounding, also that of transformers' own forward, layer after layer.
     """
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20)  # some families draw vectors of their own, which are kept
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
     generator = torch.Generator().manual_seed(20)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
