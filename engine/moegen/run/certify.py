@@ -2,9 +2,9 @@
 
 The model's own config is shrunk to a tiny geometry that keeps every feature (layer kinds, windows, rotary scaling,
 routing rules), given random float32 weights, and run both ways: transformers' own forward, one sequence at a time, and
-the engine's passes, which mix chunked prefill and decode of ragged sequences over small pages, with preemption and
-with a prefix that some of them share. Equal in two stages: the model runs staged. Equal through the seams only: its
-layers run whole. Neither: it is refused.
+the engine's passes, which mix chunked prefill and decode of ragged sequences over small pages, with preemption and with
+a prefix that some of them share, or with few state slots where layers carry a state. Equal in two stages: the model
+runs staged. Equal through the seams only: its layers run whole. Neither: it is refused.
 """
 
 from __future__ import annotations
