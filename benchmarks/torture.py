@@ -230,6 +230,7 @@ def kill_often(bench: Bench, kills: int, *, sampled: bool) -> dict[str, Any]:
         killed += kill_until_done(bench, job, sampled, kills - len(killed), start_s, run_s)
         equal = equal and answers(bench.output(job)).equals(expected)
         jobs += 1
+        print(f"{job}: finished after {len(killed)} of {kills} kills", file=sys.stderr, flush=True)
     stages = [kill.stage for kill in killed]
     result = {
         "jobs": jobs,
@@ -317,7 +318,7 @@ def litter(bench: Bench, output: str) -> None:
             last = Path(bench.random.choice(whole))
             data = read_bytes(join(output, f"_batch/{last}"))
             half = f"{max(epochs):06d}-{999_000 + bench.random.randrange(1000):06d}{last.suffix}"
-            put_replace(join(output, f"_batch/{last.parent}/{half}"), data[: bench.random.randint(0, len(data) - 1)])
+            put_replace(join(output, f"_batch/{last.parent}/{half}"), data[: bench.random.randrange(len(data) or 1)])
     put_replace(join(output, f"_batch/{key}/.lease-000001.json.{bench.random.getrandbits(64):x}"), b"{")
     put_replace(join(output, f".part-000000.parquet.{bench.random.getrandbits(64):x}"), b"PAR1")
     if bench.kind == "s3":

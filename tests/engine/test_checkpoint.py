@@ -14,13 +14,14 @@ from moegen.memory.direct_read import ReadBuffer
 from moegen.memory.stored_experts import ExpertSource
 from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
 from moegen.ops.expert_weights import UP, ExpertGroup, PlainMatrix
+from moegen.run.families import default_config
 from moegen.shape import ModelShape, read_config
 from moegen.text import Tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, conversion_mapping
 from transformers.core_model_loading import Interleave, WeightConverter, WeightRenaming
 
-from benchmarks.families import DOCUMENT, default_config
+from benchmarks.families import DOCUMENT
 from tests.tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")

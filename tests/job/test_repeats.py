@@ -292,6 +292,7 @@ def test_the_same_work_has_the_same_key() -> None:
 
 def test_first_rows_are_found_whatever_run_they_are_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_rows, "_RECENT", 10)
+    monkeypatch.setattr(first_rows, "_RUN_ROWS", 64)
     monkeypatch.setattr(first_rows, "_MOST_ROWS", 900)
     dice = random.Random(2)
     keys = [dice.randbytes(16) for _ in range(400)]
@@ -306,7 +307,8 @@ def test_first_rows_are_found_whatever_run_they_are_in(monkeypatch: pytest.Monke
     assert len(known) > 380
     assert max(known.values()) < 900
     lengths = [len(run) for run in rows._runs]
-    assert all(longer >= 2 * shorter for longer, shorter in pairwise(lengths))
+    assert max(lengths) < 3 * 64
+    assert all(longer >= min(2 * shorter, 32) for longer, shorter in pairwise(lengths))
 
 
 def test_first_rows_of_committed_parts_are_known_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

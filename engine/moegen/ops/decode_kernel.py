@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from moegen.ops.attention import AttentionRule
 
 KV_DTYPES = (torch.float32, torch.bfloat16)  # of the pages that the kernel reads
-_PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
+PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
 _FLOAT = 4  # bytes
 
 lock_kernel_cache()
@@ -138,8 +138,7 @@ def decode_attention(
     """Writes the attention of each span's query into its row of `out_THD`."""
     heads, groups, value_dim = query_THD.shape[1], keys_PGCD.shape[1], values_PGCD.shape[3]
     repeat = heads // groups
-    begins = np.maximum(spans.kv_lengths - rule.sliding_window, 0) if rule.sliding_window else 0 * spans.kv_lengths
-    first_pieces = _first_pieces(begins, spans.kv_lengths, keys_PGCD.shape[2])
+    begins, first_pieces = cut(spans, rule, keys_PGCD.shape[2])
     pieces = np.diff(first_pieces)
     first_states = np.cumsum(np.append(0, np.where(pieces > 1, pieces, 0)))
     in_place = out_THD.dtype == torch.float32 and out_THD.is_contiguous()
@@ -177,12 +176,15 @@ def _as_numpy(pages: torch.Tensor) -> npt.NDArray[np.generic]:
     return pages.view(torch.uint16).numpy() if pages.dtype == torch.bfloat16 else pages.numpy()
 
 
-def _first_pieces(begins: Ints, lengths: Ints, page_tokens: int) -> Ints:
-    """`[S + 1]`: span s is pieces `[s]` to `[s + 1]`, cut from the first page that its query sees."""
+def cut(spans: DecodeSpans, rule: AttentionRule, page_tokens: int) -> tuple[Ints, Ints]:
+    """`[S]` the first token that each span's query sees; `[S + 1]`: span s is pieces `[s]` to `[s + 1]`, cut from the
+    page of that token."""
+    lengths = spans.kv_lengths
+    begins = np.maximum(lengths - rule.sliding_window, 0) if rule.sliding_window else 0 * lengths
     pages = -(-lengths // page_tokens) - begins // page_tokens
     first_pieces = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(-(-pages // max(_PIECE_TOKENS // page_tokens, 1)), out=first_pieces[1:])
-    return first_pieces
+    np.cumsum(-(-pages // max(PIECE_TOKENS // page_tokens, 1)), out=first_pieces[1:])
+    return begins, first_pieces
 
 
 @register_jitable
@@ -268,7 +270,7 @@ def _piece(task, shape, spans):  # type: ignore[no-untyped-def]
     number, group = task // shape.groups, task % shape.groups
     span = get(spans.piece_spans + 8 * number)
     low, high, page_tokens = get(spans.begins + 8 * span), get(spans.ends + 8 * span), shape.page_tokens
-    piece_tokens = max(_PIECE_TOKENS // page_tokens, 1) * page_tokens
+    piece_tokens = max(PIECE_TOKENS // page_tokens, 1) * page_tokens
     start = low // page_tokens * page_tokens + (number - get(spans.first_pieces + 8 * span)) * piece_tokens
     end = min(start + piece_tokens, high)
     if not _together(shape):  # nothing is softened before there is a token to see
@@ -377,7 +379,7 @@ def _block_end(shape, start, end):  # type: ignore[no-untyped-def]
 @_jit
 def _score(kind, shape, scratch, key, tokens, column, value):  # type: ignore[no-untyped-def]
     """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c; prefetches as many values."""
-    _flip(kind, shape, key, tokens, scratch.flipped)
+    flip(kind, shape.key_dim, shape.size, key, tokens, scratch.flipped)
     ahead_stride = BLOCK * shape.value_dim * shape.size // shape.key_dim
     for d in range(0, shape.key_dim, DEPTH):
         depth = min(DEPTH, shape.key_dim - d)
@@ -393,9 +395,8 @@ def _score(kind, shape, scratch, key, tokens, column, value):  # type: ignore[no
 
 
 @_jit
-def _flip(kind, shape, key, tokens, flipped):  # type: ignore[no-untyped-def]
+def flip(kind, dim, size, key, tokens, flipped):  # type: ignore[no-untyped-def]
     """`flipped[d, c] = key[min(c, tokens - 1), d]` for BLOCK columns c (or garbage in columns >= tokens)."""
-    dim, size = shape.key_dim, shape.size
     width = LANES if size == _FLOAT else 2 * LANES
     whole = dim - dim % width
     for half in range(2):

@@ -86,6 +86,21 @@ def halves(b: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:
     return [b.bitcast(half, VF) for half in (b.shl(words, v32([16] * LANES)), b.and_(words, v32([0xFFFF0000] * LANES)))]
 
 
+def transposed(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """A square of LANES words by LANES, by columns: blocks of twice `distance` swap their off-diagonal quarters."""
+    rows = list(rows)
+    distance = 1
+    while distance < LANES:
+        upper = v32([LANES + (k ^ distance) if k & distance else k for k in range(LANES)])
+        lower = v32([LANES + k if k & distance else k ^ distance for k in range(LANES)])
+        for i in range(LANES):
+            if not i & distance:
+                pair = rows[i], rows[i | distance]
+                rows[i], rows[i | distance] = b.shuffle_vector(*pair, upper), b.shuffle_vector(*pair, lower)
+        distance *= 2
+    return rows
+
+
 def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     """Of its cache line, for reading, into the second-level cache."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])

@@ -34,6 +34,7 @@ from moegen.ops.vector_ir import (
     prefetch,
     splat,
     store,
+    transposed,
     v32,
     vf,
 )
@@ -229,28 +230,13 @@ def transpose(typing, kind, source, stride, last, to, to_stride):  # type: ignor
         for c in range(LANES):
             own = b.select(b.icmp_signed("<", i64(c), last), i64(c), last)
             rows.append(load(b, at(b, source, b.mul(own, stride), size), V32))
-        for n, column in enumerate(_transposed(b, rows)):
+        for n, column in enumerate(transposed(b, rows)):
             values = [column] if kind == types.float32 else halves(b, column)
             for half, value in enumerate(values):
                 store(b, value, at(b, to, to_stride, 4 * (len(values) * n + half)))
         return context.get_dummy_value()
 
     return types.void(kind, *[types.intp] * 5), generate
-
-
-def _transposed(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
-    """Blocks of twice `distance` swap their off-diagonal quarters."""
-    rows = list(rows)
-    distance = 1
-    while distance < LANES:
-        upper = v32([LANES + (k ^ distance) if k & distance else k for k in range(LANES)])
-        lower = v32([LANES + k if k & distance else k ^ distance for k in range(LANES)])
-        for i in range(LANES):
-            if not i & distance:
-                pair = rows[i], rows[i | distance]
-                rows[i], rows[i | distance] = b.shuffle_vector(*pair, upper), b.shuffle_vector(*pair, lower)
-        distance *= 2
-    return rows
 
 
 @intrinsic

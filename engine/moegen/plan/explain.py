@@ -26,7 +26,7 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
         f"{shape.active_weights / 1e6:,.1f} M active, stored as {shape.dtype}",
     ]
     if shape.moe_layers:
-        lines.insert(1, _expert(shape, plan))
+        lines.append(_expert(shape, plan))
     if shape.state_per_sequence:
         state = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype).state
         lines.append(f"state     {format_bytes(state)} per running sequence, of recurrent layers")

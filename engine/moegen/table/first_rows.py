@@ -18,6 +18,7 @@ from moegen.storage import join, list_names, put_create, read_bytes
 KEY_BYTES = 16
 _MOST_ROWS = 1 << 24  # of the table, from its first on, are remembered: at 24 bytes each, 384 MiB if all differ
 _RECENT = 1 << 16
+_RUN_ROWS = 1 << 21  # of runs that are joined: while that is done, their 48 MiB are there twice
 _FILES_AT_ONCE = 16  # requests in flight, where storage is far away
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<i8")])  # the halves of a key, and the row
 _Records = npt.NDArray[np.void]
@@ -29,7 +30,7 @@ class FirstRows:
     """Key of a row's work -> the first row of the table with that key.
 
     Memory holds 24 bytes for every different key among the first 16,777,216 rows; a later row is nobody's first, but
-    finds those. The newest keys are in a dict, the others in sorted runs, each at least twice as long as the next.
+    finds those. The newest keys are in a dict, the others in sorted runs, which are joined while they are short.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class FirstRows:
 
     def extend(self, records: _Records) -> None:
         """Many at once."""
-        while self._runs and len(self._runs[-1]) < 2 * len(records):
+        while self._runs and len(self._runs[-1]) < 2 * len(records) <= _RUN_ROWS:
             records = np.concatenate([self._runs.pop(), records])
         if len(records):
             order = np.argsort(records["high"], kind="stable")
