@@ -156,7 +156,7 @@ class StoredTensor:
 def config_json(model_uri: str) -> dict[str, Any]:
     """What config.json says. Raises `CheckpointError` when it is not there or no JSON object."""
     try:
-        values = json.loads(read_bytes(join(model_uri, "config.json")))
+        values = json.loads(read_bytes(join(model_uri, "config.json")), object_hook=_special_float)
     except InputError as error:
         raise CheckpointError(f"model.uri: no config.json in {model_uri!r}; give a checkpoint's folder") from error
     except ValueError as error:
@@ -164,6 +164,11 @@ def config_json(model_uri: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"model.uri: config.json in {model_uri!r} is no JSON object; give a checkpoint's folder")
     return values
+
+
+def _special_float(values: dict[str, Any]) -> Any:
+    """JSON has no infinity; transformers writes `{"__float__": "Infinity"}`."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
 def read_config(model_uri: str) -> Any:
