@@ -17,7 +17,7 @@ import moegen_airflow
 ENGINE, PROVIDER = Path(moegen.__file__).parent, Path(moegen_airflow.__file__).parent
 FLOORS = {
     0: ("condition", "cores", "errors", "units", "spec", "spec_text", "row"),
-    1: ("answer", "coding", "shape", "plan", "remote", "schedule", "storage", "table", "text"),
+    1: ("answer", "coding", "shape", "state_shape", "plan", "remote", "schedule", "storage", "table", "text"),
     2: ("ops",),
     3: ("model", "memory"),
     4: ("run",),

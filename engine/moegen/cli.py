@@ -175,7 +175,7 @@ def _tokens(manifest: Manifest) -> str:
     return f"{manifest.prompt_tokens} prompt tokens, {manifest.completion_tokens} generated tokens{copied}"
 
 
-# --- plan, probe, inspect, report -----------------------------------------------------------------------------------
+# --- plan, models, probe, inspect, report ---------------------------------------------------------------------------
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -239,6 +239,16 @@ def _planned_spec(args: argparse.Namespace) -> JobSpec:
     for override in args.set:
         set_field(mapping, override)
     return JobSpec.from_mapping(mapping)
+
+
+def _models(args: argparse.Namespace) -> None:
+    from moegen.run.families import families, table, verdicts
+
+    found, known = [], 1 if args.family else len(families())
+    for verdict in verdicts(args.family):
+        found.append(verdict)
+        print(f"{len(found)} of {known}: {verdict.family} {verdict.way}", file=sys.stderr, flush=True)
+    print(json.dumps([asdict(verdict) for verdict in found]) if args.json else table(found))
 
 
 def _probe(args: argparse.Namespace) -> None:
@@ -346,6 +356,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt-tokens", type=_counts, metavar="N,..", help="their prompts' lengths, equally likely")
     plan.add_argument("--answer-tokens", type=_counts, metavar="N,..", help="their answers' (default: max_tokens)")
     _add_set(plan)
+
+    models = _command(commands, "models", _models, "show which model families run, and how, by trying them")
+    models.add_argument(
+        "family", metavar="FAMILY", nargs="?", help="a model type, as config.json names it; all without"
+    )
 
     probe = _command(commands, "probe", _probe, "measure this machine, for better plans")
     probe.add_argument("--device", default="auto")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 from moegen.coding import CodedTensor, coded_tensors, logical_tensors
 from moegen.errors import CheckpointError, InputError, SpecError, UnsupportedModel
+from moegen.state_shape import recurrent_layers, state_per_sequence
 from moegen.storage import describe, join, list_names, open_input, read_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,7 +20,10 @@ _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2
                  "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
-_KV_PROJECTION = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.[kv]_proj\.weight")
+_KV_PROJECTION = re.compile(
+    r"(?:model\.|language_model\.|backbone\.)*layers\.(\d+)\.(?:self_attn|mixer)\.[kv]_proj\.weight"
+)
+_INDEX_KEY = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.indexer\.wk\.weight")
 _EXPERTS_OF_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(?:experts|block_sparse_moe\.(?:in|out)put_linear)\.")
 _EXPERT_NAMES = (".experts.", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear")
 
@@ -51,6 +55,7 @@ class ModelShape:
     expert_stored_bytes: int | None = None  # of experts in few bits on disk, scales and zeros included
     coded_dense_weights: int = 0  # weights outside the experts that are in few bits on disk: expanded when loaded
     kept_as: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become in memory
+    state_per_sequence: int = 0  # of recurrent layers, which keep it beside the keys and values of those that attend
 
     @classmethod
     def read(cls, model_uri: str) -> ModelShape:
@@ -107,7 +112,7 @@ class ModelShape:
             layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
-            heads=text.num_attention_heads,
+            heads=max(layer.num_attention_heads for layer in _layer_configs(text)),
             experts=experts,
             experts_per_token=(_first(text, "num_experts_per_tok", "moe_topk", "moe_k") or 0) if experts else 0,
             max_position_embeddings=getattr(text, "max_position_embeddings", None) or 1 << 30,
@@ -115,12 +120,13 @@ class ModelShape:
             weights=sum(sizes.values()),
             expert_weights=sum(n for name, n in sizes.items() if _is_expert(name)),
             kv_per_token=_kv_per_token(text, tensors),
-            latent_kv_per_token=_latent_kv_per_token(text),
+            latent_kv_per_token=_latent_kv_per_token(text, tensors),
             moe_layers=len({match[1] for name in tensors if (match := _EXPERTS_OF_LAYER.search(name))}),
             attention_width=_attention_width(text),
             tied_head=not any(name.endswith("lm_head.weight") for name in tensors),
             absorbed_width=_absorbed_width(text),
-            key_up_weights=_key_up_weights(text),
+            key_up_weights=_key_up_weights(text, tensors),
+            state_per_sequence=state_per_sequence(text, tensors),
         )
 
     @property
@@ -150,7 +156,7 @@ class StoredTensor:
 def config_json(model_uri: str) -> dict[str, Any]:
     """What config.json says. Raises `CheckpointError` when it is not there or no JSON object."""
     try:
-        values = json.loads(read_bytes(join(model_uri, "config.json")))
+        values = json.loads(read_bytes(join(model_uri, "config.json")), object_hook=_special_float)
     except InputError as error:
         raise CheckpointError(f"model.uri: no config.json in {model_uri!r}; give a checkpoint's folder") from error
     except ValueError as error:
@@ -158,6 +164,11 @@ def config_json(model_uri: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"model.uri: config.json in {model_uri!r} is no JSON object; give a checkpoint's folder")
     return values
+
+
+def _special_float(values: dict[str, Any]) -> Any:
+    """JSON has no infinity; transformers writes `{"__float__": "Infinity"}`."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
 def read_config(model_uri: str) -> Any:
@@ -295,16 +306,49 @@ def _kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
 
     A family may give its layers different heads by a rule that only its code knows.
     """
-    heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):
-        return int(text.num_hidden_layers * heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
+    layers = _attending(text, tensors)
+    if _rank(layers[0]):
+        return sum(_expanded_width(layer) for layer in layers) + _index_keys(text, tensors)
     stored = [shape[0] for name, shape in tensors.items() if _is_kv_projection(name, text.num_hidden_layers)]
-    if len(stored) == 2 * text.num_hidden_layers:
+    if len(stored) == 2 * text.num_hidden_layers or recurrent_layers(text, tensors):
         return sum(stored)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    key_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    value_dim = getattr(text, "v_head_dim", None) or key_dim
-    return int(text.num_hidden_layers * kv_heads * (key_dim + value_dim))
+    return sum(_heads_kv(layer) for layer in layers)
+
+
+def _heads_kv(layer: Any) -> int:
+    """Keys and values of one layer's heads, as its config says."""
+    heads = layer.num_attention_heads
+    key_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    value_dim = getattr(layer, "v_head_dim", None) or key_dim
+    return int((getattr(layer, "num_key_value_heads", None) or heads) * (key_dim + value_dim))
+
+
+def _layer_configs(text: Any) -> list[Any]:
+    """What the config says for each layer, where it says something for single ones."""
+    return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
+
+
+def _attending(text: Any, tensors: dict[str, tuple[int, ...]]) -> list[Any]:
+    """The configs of the layers that keep keys and values; where none does, of one that would."""
+    recurrent = recurrent_layers(text, tensors)
+    layers = _layer_configs(text)
+    return [layer for index, layer in enumerate(layers) if index not in recurrent] or layers[:1]
+
+
+def _rank(layer: Any) -> int:
+    """Of latent attention, else 0."""
+    return int(getattr(layer, "kv_lora_rank", None) or 0)
+
+
+def _expanded_width(layer: Any) -> int:
+    """Keys and values of one layer's heads that are made of latents."""
+    return int(layer.num_attention_heads * (layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim))
+
+
+def _index_keys(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
+    """What sparse attention's indexers keep of a token."""
+    found = ((_INDEX_KEY.fullmatch(name), shape[0]) for name, shape in tensors.items())
+    return sum(width for match, width in found if match and int(match[1]) < text.num_hidden_layers)
 
 
 def _is_kv_projection(name: str, layers: int) -> bool:
@@ -313,25 +357,29 @@ def _is_kv_projection(name: str, layers: int) -> bool:
     return match is not None and int(match[1]) < layers
 
 
-def _latent_kv_per_token(text: Any) -> int | None:
-    if not getattr(text, "kv_lora_rank", None):
+def _latent_kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int | None:
+    layers = _attending(text, tensors)
+    if not _rank(layers[0]):
         return None
-    return int(text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim))
+    return sum(_rank(layer) + int(layer.qk_rope_head_dim) for layer in layers) + _index_keys(text, tensors)
 
 
 def _absorbed_width(text: Any) -> int:
-    rank = getattr(text, "kv_lora_rank", None)
-    return int(text.num_attention_heads * (2 * rank + text.qk_rope_head_dim)) if rank else 0
+    layers = (layer for layer in _layer_configs(text) if _rank(layer))
+    return max((int(x.num_attention_heads * (2 * _rank(x) + x.qk_rope_head_dim)) for x in layers), default=0)
 
 
-def _key_up_weights(text: Any) -> int:
-    rank = getattr(text, "kv_lora_rank", None)
-    return int(text.num_hidden_layers * text.num_attention_heads * text.qk_nope_head_dim * rank) if rank else 0
+def _key_up_weights(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
+    layers = (layer for layer in _attending(text, tensors) if _rank(layer))
+    return sum(int(layer.num_attention_heads * layer.qk_nope_head_dim * _rank(layer)) for layer in layers)
 
 
 def _attention_width(text: Any) -> int:
-    heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):
-        return int(heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
-    key_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(heads * (key_dim + (getattr(text, "v_head_dim", None) or key_dim)))
+    def width(layer: Any) -> int:
+        if _rank(layer):
+            return _expanded_width(layer)
+        heads = layer.num_attention_heads
+        key_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        return int(heads * (key_dim + (getattr(layer, "v_head_dim", None) or key_dim)))
+
+    return max(map(width, _layer_configs(text)))

@@ -280,6 +280,7 @@ class PlanOverrides:
     level_tokens: int | None = None  # towards the end of a job, rows wait while passes have so many tokens
     page_tokens: int | None = None  # tokens per KV page
     kv_pages: int | None = None  # pages in the pool
+    state_slots: int | None = None  # sequences of a model with recurrent layers that run at once
     group_experts: int | None = None  # consecutive experts that move together
     resident_groups: int | None = None  # groups of every layer that stay where they are multiplied
     stream_slots: int | None = None  # places that the other groups pass through

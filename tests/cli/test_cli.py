@@ -217,6 +217,19 @@ def test_plan(job: Path, model: Path, tmp_path: Path) -> None:
     assert (plan["page_tokens"], plan["prediction"]) == (32, None)
 
 
+def test_models_tries_one_family_and_shows_it() -> None:
+    text = moegen("models", "lfm2_moe")
+    assert text.returncode == 0, text.stderr
+    assert re.match(r"lfm2_moe +staged +a state slot per sequence\n1 run, 0 are refused", text.stdout)
+    assert "1 of 1: lfm2_moe staged" in text.stderr
+    (verdict,) = json.loads(moegen("models", "inkling_text", "--json").stdout)
+    assert (verdict["family"], verdict["way"]) == ("inkling_text", "refused")
+    assert "position_bias" in verdict["reason"]
+    unknown = moegen("models", "gpt2", "--json")
+    assert unknown.returncode == 64
+    assert "choose from afmoe, " in json.loads(unknown.stdout)["error"]["message"]
+
+
 def test_plan_predicts_for_a_machine_that_was_described(job: Path, model: Path, tmp_path: Path) -> None:
     described = tmp_path / "machine.json"
     described.write_text(json.dumps(asdict(MACHINE)))

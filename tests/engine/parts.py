@@ -18,7 +18,7 @@ def plan(**sizes: Any) -> Plan:
         "attention_tokens": 64, "expert_tokens": 64, "pass_tokens": 64, "logit_tokens": 64, "page_tokens": 8,
         "kv_pages": 64, "kv_home": "host", "attention_on_host": 1.0, "groups": 1, "group_experts": 1 << 20,
         "resident_groups": 1, "host_groups": 0, "stream_slots": 0, "stream_depth": 0, "reader_threads": 0,
-        "host": MemoryUse(), "device_memory": MemoryUse(),
+        "state_slots": 64, "host": MemoryUse(), "device_memory": MemoryUse(),
     }  # fmt: skip
     return Plan(**{**usual, "level_tokens": sizes.get("pass_tokens", 64), **sizes})
 

@@ -24,6 +24,7 @@ from moegen.ops.kv_pages import LatentPages
 from moegen.ops.latent_heads import LatentHeads
 from moegen.run.certify import TOLERANCE, certify, logit_difference, random_model, tiny_reference
 from moegen.run.engine import Engine
+from moegen.run.families import default_config
 from moegen.schedule.sequence import Request
 from moegen.schedule.step import AttentionBatch, Span
 from moegen.shape import ModelShape
@@ -32,7 +33,6 @@ from transformers import DeepseekV3Config, Mistral4Config, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
 
-from benchmarks.families import default_config
 from tests.engine.parts import plan, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,10 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moegen.memory.kv_pool import KVShape
+from moegen.memory.state_pool import StateShape
 from moegen.model.dense import panel_linears
 from moegen.model.latent import keep_latents
+from moegen.model.recurrent import RecurrentModule, StateView, hear_of_passes, place_recurrent
 from moegen.model.seams import Done, ExpertStage, Observer, PassContext, Unobserved
-from moegen.model.stages import StagedLayer, has_plain_parts
+from moegen.model.sparse import PagedIndexer, place_indexers, unmask
+from moegen.model.stages import StagedLayer, plain_parts
 from moegen.ops.attention import AttentionRule
 from moegen.ops.expert_weights import ExpertSupply, resident_experts
 from moegen.ops.micro_batch import MicroBatch
@@ -27,6 +30,7 @@ class ModelHost:
 
     Attributes:
         kv_shapes: what each attention module keeps per token, found by running one token.
+        state_shapes: what each recurrent module keeps per sequence, found likewise.
     """
 
     def __init__(
@@ -60,10 +64,12 @@ class ModelHost:
             keep_latents(model, stored)
         if model.device.type == "cpu" and model.dtype == torch.float32:
             panel_linears(model, stored)
+        unmask(model)
+        hear_of_passes(model, [*place_recurrent(model), *place_indexers(model)])
         if staged:
             stage_layers(model)
         self._trunk = _Trunk(model.base_model) if model.base_model is not model else None
-        self.kv_shapes = self._trace()
+        self.kv_shapes, self.state_shapes = self._trace()
 
     @property
     def device(self) -> torch.device:
@@ -95,12 +101,12 @@ class ModelHost:
                 yield output.logits[0]
 
     @torch.inference_mode()
-    def _trace(self) -> dict[nn.Module, KVShape]:
+    def _trace(self) -> tuple[dict[nn.Module, KVShape], dict[nn.Module, StateShape]]:
         trace = _Trace()
         one = torch.zeros(1, dtype=torch.int64)
         for _ in self.logits(one, one, one, trace):
             pass
-        return trace.shapes
+        return trace.shapes, trace.states
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -129,10 +135,11 @@ class _Trunk:
 
 
 class _Trace:
-    """One token through the model: records the shape of every layer's keys and values, keeps nothing."""
+    """One token through the model: records the shape of what every layer keeps, keeps nothing."""
 
     def __init__(self) -> None:
         self.shapes: dict[nn.Module, KVShape] = {}
+        self.states: dict[nn.Module, StateShape] = {}
         zero = np.zeros(1, np.int64)
         self._batches = (AttentionBatch(0, 1, (), zero, zero),)
         self.tokens = 1
@@ -151,6 +158,14 @@ class _Trace:
         self.shapes[layer] = KVShape(kv_heads, key_dim, value_TGD.shape[-1], latent=rule.latent is not None)
         return query_THD.new_zeros(1, query_THD.shape[1], rule.value_dim(value_TGD))
 
+    def choose(self, layer: PagedIndexer, given: Mapping[str, Any]) -> torch.Tensor:
+        self.shapes[layer], chosen = layer.one_token(given)
+        return chosen
+
+    def recur(self, layer: RecurrentModule, hidden_1TD: torch.Tensor) -> Any:
+        self.states[layer] = layer.find_out(hidden_1TD)
+        return layer.answer(layer.call(hidden_1TD, StateView()))
+
 
 def stage_layers(model: nn.Module) -> None:
     """Puts a `StagedLayer` in the place of every layer that has the plain parts."""
@@ -159,7 +174,7 @@ def stage_layers(model: nn.Module) -> None:
         for modules in model.modules()
         if isinstance(modules, nn.ModuleList)
         for index, layer in enumerate(modules)
-        if has_plain_parts(layer)
+        if plain_parts(layer)
     ]
     for modules, index in places:
         modules[index] = StagedLayer(modules[index])

@@ -7,7 +7,7 @@ to the attention function. Any argument that the engine does not know is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moegen.errors import UnsupportedModel
+from moegen.model.sparse import Unmasked
 from moegen.ops.attention import AttentionRule
 from moegen.ops.expert_weights import ExpertGroup, ExpertSupply
 from moegen.ops.experts import grouped_experts
@@ -63,6 +64,14 @@ class PassContext(Protocol):
         """Keeps the new keys and values of `layer` and answers the queries: `[T, H, value_dim]`."""
         ...
 
+    def choose(self, layer: Any, given: Mapping[str, Any]) -> torch.Tensor:
+        """What `layer`, a `moegen.model.sparse.PagedIndexer`, chooses for each token; its new keys are kept."""
+        ...
+
+    def recur(self, layer: Any, hidden_1TD: torch.Tensor) -> Any:
+        """What `layer`, a `moegen.model.recurrent.RecurrentModule`, answers; its new states are kept."""
+        ...
+
 
 def attention(
     module: nn.Module,
@@ -74,6 +83,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,  # [1, T, K] positions that an indexer chose
     moegen: PassContext | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -85,7 +95,7 @@ def attention(
     layer = type(module).__name__
     if moegen is None:
         raise UnsupportedModel(f"{layer}: does not hand the pass through to its attention function")
-    if attention_mask is not None:
+    if attention_mask is not None and not isinstance(attention_mask, Unmasked):
         raise UnsupportedModel(f"{layer}: builds an attention mask of its own (a sparse indexer, or a prefix mask)")
     if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
         raise UnsupportedModel(f"{layer}: attention that is not causal")
@@ -94,11 +104,13 @@ def attention(
             raise UnsupportedModel(f"{layer}: attention argument {name!r} is unknown to the engine")
     rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, s_aux, softcap)
     if (latent := getattr(module, "moegen_latent", None)) is not None:
-        if s_aux is not None or softcap is not None:
+        if softcap is not None or (s_aux is not None and indices is None):  # chosen tokens are attended span by span
             raise UnsupportedModel(
                 f"{layer}: latent attention with sinks or a soft cap; give engine.plan.latent_kv: false"
             )
         rule = replace(rule, latent=latent)
+    if indices is not None:
+        rule = replace(rule, chosen_TK=indices[0].long())
     query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
     return moegen.attend(module, query_THD, key_TGD, value_TGD, rule)[None], None
 

@@ -1,6 +1,6 @@
 """The plain pre-norm decoder layer as two stages, so that attention and experts have batch sizes of their own.
 
-    h = h + self_attn(input_layernorm(h))            attention stage: in micro-batches
+    h = h + self_attn(input_layernorm(h))            attention stage, or a recurrent module's: in micro-batches
     h = h + mlp(post_attention_layernorm(h))         expert stage: every token of the pass
 
 `StagedLayer` takes a layer's place in the model. Whether a family's layers are of this shape is not guessed from their
@@ -16,14 +16,21 @@ import torch
 from torch import nn
 
 from moegen.model.seams import PassContext
+from moegen.model.sparse import cut
 from moegen.schedule.step import AttentionBatch
 
-_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_PARTS = (  # by the names that families have for them
+    ("input_layernorm", "operator_norm"),
+    ("self_attn", "linear_attn", "mamba", "conv"),
+    ("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm"),
+    ("mlp", "feed_forward"),
+)
 
 
-def has_plain_parts(layer: nn.Module) -> bool:
-    """Whether the layer has the four modules of a pre-norm layer; what it does with them is for certify to say."""
-    return all(isinstance(getattr(layer, part, None), nn.Module) for part in _PARTS)
+def plain_parts(layer: nn.Module) -> list[Any] | None:
+    """The four modules of a pre-norm layer, if it has them; what it does with them is for certify to say."""
+    found = [[part for name in names if isinstance(part := getattr(layer, name, None), nn.Module)] for names in _PARTS]
+    return [part for (part,) in found] if all(len(parts) == 1 for parts in found) else None
 
 
 class StagedLayer(nn.Module):
@@ -41,36 +48,29 @@ class StagedLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_1TD: torch.Tensor, *, moegen: PassContext, **kwargs: Any) -> torch.Tensor:
-        layer: Any = self.layer
-        after_1TD, normed_1TD = moegen.in_batches(lambda batches: self._attend(hidden_1TD, batches, moegen, kwargs))
-        return after_1TD + _first(layer.mlp(normed_1TD))
+        parts = plain_parts(self.layer)
+        assert parts is not None
+        after_1TD, normed_1TD = moegen.in_batches(
+            lambda batches: self._attend(parts, hidden_1TD, batches, moegen, kwargs)
+        )
+        return after_1TD + _first(parts[-1](normed_1TD))
 
     def _attend(
-        self, hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, parts: list[Any], hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The tokens after attention, and what the experts are to see of them: normed while it is in the cache."""
-        layer: Any = self.layer
+        norm, mixer, next_norm, _ = parts
         after_1TD, normed_1TD = torch.empty_like(hidden_1TD), torch.empty_like(hidden_1TD)
         for batch in batches:
             own = slice(batch.first, batch.first + batch.length)
             x_1tD = hidden_1TD[:, own]
-            narrowed = {name: _narrow(value, own, moegen.tokens) for name, value in kwargs.items()}
-            attended = layer.self_attn(
-                hidden_states=layer.input_layernorm(x_1tD), moegen=moegen.within(batch), **narrowed
-            )
+            narrowed = {name: cut(value, own, moegen.tokens) for name, value in kwargs.items()}
+            attended = mixer(hidden_states=norm(x_1tD), moegen=moegen.within(batch), **narrowed)
             after_1TD[:, own] = x_1tD + _first(attended)
-            normed_1TD[:, own] = layer.post_attention_layernorm(after_1TD[:, own])
+            normed_1TD[:, own] = next_norm(after_1TD[:, own])
         return after_1TD, normed_1TD
 
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _narrow(value: Any, own: slice, tokens: int) -> Any:
-    """Per-token arguments (`[1, T, ...]`: positions, rotary embeddings) cut to the micro-batch."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_narrow(item, own, tokens) for item in value)
-    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == tokens:
-        return value[:, own]
-    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -28,11 +29,26 @@ _SMALL = {  # name: largest value kept
     "moe_k": 3,
     "q_lora_rank": 24,
     "kv_lora_rank": 232,  # over half of what a head multiplies, so that prompts expand it and single tokens absorb
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_heads": 2,
+    "linear_key_head_dim": 64,  # keys of few dims are alike, which amplifies rounding
+    "linear_value_head_dim": 48,
+    "linear_head_dim": 64,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "mamba_dt_rank": 16,
+    "n_groups": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 97,
+    "top_k_experts": 3,
     "sliding_window": 4,
     "sliding_window_size": 4,
     "attention_chunk_size": 5,
     "index_topk": 4,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # enough that no key scores exactly nothing: the order of equal scores is not defined
 }
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -73,11 +89,12 @@ def tiny_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """A copy of `config` with its first `layers` layers and a tiny geometry (`config` itself is left alone)."""
     tiny = copy.deepcopy(config)
     text = tiny.get_text_config()
+    single = _single_layers(text, layers)
     for name, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, name, value[:layers])
-        elif name.endswith("_token_id"):
-            setattr(text, name, None)
+        elif name.endswith("_token_id"):  # vocabularies are small; some models put the padding where images were
+            setattr(text, name, 0 if name == "pad_token_id" and value is not None else None)
     for name, most in _SMALL.items():  # by attribute: a config may store it under another name
         value = getattr(text, name, None)
         if isinstance(value, int) and value > most:
@@ -88,7 +105,30 @@ def tiny_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     text.num_hidden_layers = layers
     text.vocab_size = _VOCABULARY
     _shrink_heads(text)
+    if single:
+        text.per_layer_config = {
+            layer: {name: _shrunk(name, value, text) for name, value in values.items()}
+            for layer, values in single.items()
+        }
     return tiny
+
+
+def _single_layers(text: PreTrainedConfig, layers: int) -> dict[int, dict[str, Any]]:
+    """What the config says for single layers of the first `layers`, taken out of it; what it says for all is left."""
+    if not getattr(text, "is_heterogeneous", False):
+        return {}
+    said = text.to_dict()["per_layer_config"]
+    text.per_layer_config = None
+    return {int(layer): values for layer, values in said.items() if int(layer) < layers}
+
+
+def _shrunk(name: str, value: Any, text: PreTrainedConfig) -> Any:
+    """A single layer's size, as small as that of all layers may be."""
+    if name in _EXPERT_COUNTS and value:
+        return _EXPERTS
+    if name in ("num_attention_heads", "num_key_value_heads"):
+        return getattr(text, name)
+    return min(value, _SMALL[name]) if name in _SMALL and isinstance(value, int) else value
 
 
 def _shrink_heads(text: PreTrainedConfig) -> None:

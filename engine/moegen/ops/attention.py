@@ -41,6 +41,7 @@ class AttentionRule:
     sinks_H: torch.Tensor | None = None  # a learned logit per head that takes part in the softmax with no value
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     latent: LatentHeads | None = None  # keys are latents, of which the heads are made
+    chosen_TK: torch.Tensor | None = None  # positions that each query sees, of those at or before it; None: all
 
     def first_key(self, query: int, page_tokens: int) -> int:
         """The first token of the earliest page that a query at position `query` can see."""
@@ -64,12 +65,14 @@ def paged_attention(
     """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`."""
     out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(pages.values_PGCD))
     reads = kernel_reads(query_THD, pages.keys_PGCD)
+    use_kernel = use_kernel and rule.chosen_TK is None
     rest = batch.prefill if use_kernel and (reads or query_THD.device.type != "cpu") else batch.spans
     for span in rest:
         own = slice(span.first, span.first + span.length)
         first = rule.first_key(span.kv_length - span.length, pages.page_tokens)
         keys_GLD, values_GLD = pages.gather(span, first)
-        out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, rule)
+        own_rule = rule if rule.chosen_TK is None else replace(rule, chosen_TK=rule.chosen_TK[own])
+        out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, own_rule)
     if rest is batch.spans or not len(batch.decode.rows):
         return out_THD
 
@@ -123,13 +126,20 @@ def span_attention(
     """Attention of one span over its sequence's keys from token `first` to the span's last -> `[T, H, value_dim]`."""
     if rule.latent is not None:
         plain_rule = replace(rule, latent=None)
+        if rule.sinks_H is not None:  # one per head, so all heads at once
+            kept_1LW = keys_GLD.to(query_THD)
+            latent_1LR = kept_1LW[..., : rule.latent.rank]
+            return rule.latent.lift(
+                span_attention(rule.latent.absorb(query_THD), kept_1LW, latent_1LR, first, span, plain_rule)
+            )
         return rule.latent.attend_span(
             query_THD, keys_GLD[0].to(query_THD), lambda q, k, v: span_attention(q, k, v, first, span, plain_rule)
         )
     position = span.kv_length - span.length  # of the span's first query
     keys_GLD, values_GLD = keys_GLD.to(query_THD), values_GLD.to(query_THD)
     plain = rule.sinks_H is None and rule.softcap is None
-    if plain and span.length == span.kv_length and (rule.sliding_window or span.length) >= span.length:
+    every_earlier = rule.chosen_TK is None and (rule.sliding_window or span.length) >= span.length
+    if plain and every_earlier and span.length == span.kv_length:
         return _sdpa(query_THD, keys_GLD, values_GLD, rule.scaling, None)
     heads, length = query_THD.shape[1], keys_GLD.shape[1]
     rows = max(1, _SCORE_ELEMENTS // (heads * length))
@@ -137,6 +147,8 @@ def span_attention(
     for start in range(0, span.length, rows):
         query_RHD = query_THD[start : start + rows]
         mask_TL = _visible(position + start - first, query_RHD.shape[0], length, rule.sliding_window, query_THD.device)
+        if rule.chosen_TK is not None:
+            mask_TL &= _chosen(rule.chosen_TK[start : start + rows] - first, length)
         if plain:
             outs.append(_sdpa(query_RHD, keys_GLD, values_GLD, rule.scaling, mask_TL))
         else:
@@ -150,6 +162,11 @@ def _visible(position: int, queries: int, keys: int, window: int | None, device:
     key_L = torch.arange(keys, device=device)
     mask_TL = key_L <= query_T1
     return mask_TL if window is None else mask_TL & (key_L > query_T1 - window)
+
+
+def _chosen(places_TK: torch.Tensor, keys: int) -> torch.Tensor:
+    """`[T, L]` bool: which keys are among each query's places."""
+    return torch.zeros(len(places_TK), keys, dtype=torch.bool, device=places_TK.device).scatter(1, places_TK, True)
 
 
 def _sdpa(

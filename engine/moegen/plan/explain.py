@@ -27,6 +27,9 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
     ]
     if shape.moe_layers:
         lines.append(_expert(shape, plan))
+    if shape.state_per_sequence:
+        state = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype).state
+        lines.append(f"state     {format_bytes(state)} per running sequence, of recurrent layers")
     heads = format_bytes(shape.kv_per_token * DTYPE_BYTES[plan.kv_dtype])
     if shape.latent_kv_per_token is None:
         return [*lines, f"KV        {heads} per token"]
@@ -86,6 +89,8 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
         f"pages     {plan.kv_pages} of {plan.page_tokens} tokens on the {plan.kv_home}: the longest prompt and answer "
         f"{plan.max_sequence_tokens} tokens",
     ]
+    if plan.state_slots:
+        lines.append(f"slots     {plan.state_slots} sequences run at once, at most: each has a slot for its state")
     if plan.prefix_tokens:
         lines.append(
             f"prefix    {plan.prefix_tokens} tokens that nearly all prompts begin with are computed once and shared"

@@ -12,6 +12,7 @@ _GROUP_BYTES = (16 << 20, 100 << 20)
 _GROUPS_OF_A_LAYER = 16
 _LOGIT_BYTES = 128 << 20
 _LATENT_BYTES = 128 << 20  # of queries absorbed or heads expanded at once, with their answers
+_STATE_BYTES = 3 * (64 << 20)  # of states that recurrent layers work on at once, with the copies that they make
 _WITH_SCALES = 1.06  # bytes in memory of weights in few bits, over those of their codes: scales are wider there
 _TOKENIZER_BYTES = 512  # per entry of the vocabulary: strings, ids and merges
 
@@ -105,6 +106,11 @@ class Footprint:
         return self.kv_per_token * DTYPE_BYTES[self.kv_dtype] * page_tokens
 
     @property
+    def state(self) -> int:
+        """What recurrent layers carry of one sequence: four bytes an element, more than which no family keeps."""
+        return 4 * self.shape.state_per_sequence
+
+    @property
     def logit_tokens(self) -> int:
         """Tokens whose logits, with the copies that sampling makes, take a bounded piece of memory."""
         return max(_LOGIT_BYTES // (3 * 4 * self.shape.vocab_size), 16)
@@ -116,6 +122,8 @@ class Footprint:
         attention = attention_tokens * (3 * shape.attention_width + 2 * shape.hidden_size)
         if self.latent:  # absorbed or expanded, some at a time
             attention += min(3 * attention_tokens * shape.absorbed_width, _LATENT_BYTES // 4)
+        if self.shape.state_per_sequence:  # states at work, before and after
+            attention += max(_STATE_BYTES, 3 * self.state // max(shape.layers, 1)) // 4
         experts = expert_tokens * (2 * shape.hidden_size + 3 * self.expert_width)
         logits = 3 * min(pass_tokens, self.logit_tokens) * shape.vocab_size
         return 4 * (whole + max(attention, experts, logits))

@@ -20,6 +20,7 @@ class MemoryUse:
     slots: int = 0  # the ring through which the other groups pass
     staging: int = 0  # what readers read into before a group is placed
     kv: int = 0
+    state: int = 0  # slots of what recurrent layers carry
     activations: int = 0
     runtime: int = 0  # interpreter, libraries, tokenizer, tables
     budget: int = 0
@@ -64,6 +65,12 @@ class Plan:
     prefix_tokens: int = 0  # that nearly all prompts begin with, in whole pages: computed once, shared by all rows
     latent_kv: bool = True  # layers with latent attention keep latents; else keys and values of all heads
     weights: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become when they are loaded
+    state_slots: int = 0  # sequences whose recurrent layers' state there is room for; 0: the model has no such layers
+
+    @property
+    def max_sequences(self) -> int:
+        """That run at once, at most."""
+        return min(self.state_slots or self.pass_tokens, self.pass_tokens)
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -58,6 +58,7 @@ def predict(footprint: Footprint, plan: Plan, rates: Rates, workload: Workload) 
         kv_pages=max(round((plan.kv_pages - shared) / scale) + shared, -(-workload.longest // plan.page_tokens)),
         pass_tokens=max(round(plan.pass_tokens / scale), 1),
         level_tokens=max(round(plan.level_tokens / scale), 1),
+        state_slots=round(plan.state_slots / scale) or min(plan.state_slots, 1),
     )
     most = int(_SIMULATED_ROWS * max(workload.concurrency(small), 1))
     simulated = min(rows, max(most, int(_STEPS / workload.mean_answer)))
@@ -107,7 +108,7 @@ def simulate(plan: Plan, workload: Workload, window: int = WINDOW_ROWS) -> Run:
     requests = list(_requests(workload))
     ledger = PageLedger(plan.kv_pages, plan.page_tokens)
     prefix = (0,) * plan.prefix_tokens
-    scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, prefix)
+    scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, prefix, plan.max_sequences)
     passes: list[tuple[float, ...]] = []
     waiting, admitting = workload.rows, 0
     while chunks := scheduler.next_chunks():

@@ -42,6 +42,7 @@ _RUNTIME_BYTES = 560 << 20  # resident after a tiny model has run, where no prob
 _DEVICE_RUNTIME_BYTES = 768 << 20  # the device's context and its libraries' workspaces
 _MIN_SEQUENCE_TOKENS = 256  # a pool that cannot hold even this is refused
 _SIMULATED_TOKENS, _SIMULATED_PLANS = 20_000, 8  # tokens that a job generates at most, plans that are tried on it
+_FREE_PAGES = 1 << 20  # where no layer attends, pages take no bytes: they count tokens
 _KV_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the host's room, where host groups want it too
 
 
@@ -219,7 +220,8 @@ class _Search:
 
     def _prefix_tokens(self, page_tokens: int) -> int:
         """In whole pages, as they are shared."""
-        shared = self.workload.prefix_tokens if self.engine.plan.share_prefix else 0
+        stateless = not self.footprint.shape.state_per_sequence  # a state at the prefix's end is not kept
+        shared = self.workload.prefix_tokens if self.engine.plan.share_prefix and stateless else 0
         return shared // page_tokens * page_tokens
 
     def _grouping(self, resident: int) -> dict[str, Any]:
@@ -256,15 +258,29 @@ class _Search:
         return replace(plan, host_groups=groups, host=replace(plan.host, experts=slab))
 
     def _with_pages(self, plan: Plan) -> Plan:
-        """With all pages that there is room for and use for; at least as many as the smallest pool has."""
+        """With all pages that there is room for and use for; at least as many as the smallest pool has.
+
+        And with the state slots of as many sequences as have room for their pages beside them.
+        """
         memory = plan.host if plan.kv_home == "host" else plan.device_memory
-        page = self.footprint.page(plan.page_tokens)
-        useful = plan.pass_tokens * -(-self._longest // plan.page_tokens)
-        pages = self.engine.plan.kv_pages or max(min(memory.spare // page, useful), self._fewest_pages(plan))
+        page, slots = self.footprint.page(plan.page_tokens), self._state_slots(plan, memory)
+        memory = replace(memory, state=slots * self.footprint.state)
+        useful = (slots or plan.pass_tokens) * -(-self._longest // plan.page_tokens)
+        there = min(memory.spare // page if page else _FREE_PAGES, useful)
+        pages = self.engine.plan.kv_pages or max(there, self._fewest_pages(plan))
         filled = replace(memory, kv=pages * page)
         if plan.kv_home == "host":
-            return replace(plan, kv_pages=pages, host=filled)
-        return replace(plan, kv_pages=pages, device_memory=filled)
+            return replace(plan, kv_pages=pages, state_slots=slots, host=filled)
+        return replace(plan, kv_pages=pages, state_slots=slots, device_memory=filled)
+
+    def _state_slots(self, plan: Plan, memory: MemoryUse) -> int:
+        """None at all where no layer carries a state; a sequence takes as many pages as one has in the mean."""
+        if not (state := self.footprint.state):
+            return 0
+        context = min(self.workload.mean_context, self._longest) + 1.5 * plan.page_tokens
+        each = state + int(context / plan.page_tokens * self.footprint.page(plan.page_tokens))
+        wanted = self.engine.plan.state_slots or memory.spare // each
+        return int(min(max(wanted, 1), plan.pass_tokens))
 
     def _fewest_pages(self, plan: Plan) -> int:
         return -(-min(self._longest, _MIN_SEQUENCE_TOKENS) // plan.page_tokens)
@@ -280,8 +296,8 @@ class _Search:
         memory, where = (least.device_memory, "device") if on_device else (least.host, "host")
         parts = {
             "dense weights": memory.dense, "resident experts": memory.experts, "slots of moving experts": memory.slots,
-            "reading": memory.staging, "KV pages": memory.kv, "activations": memory.activations,
-            "the runtime": memory.runtime,
+            "reading": memory.staging, "KV pages": memory.kv, "state slots": memory.state,
+            "activations": memory.activations, "the runtime": memory.runtime,
         }  # fmt: skip
         needs = ", ".join(f"{format_bytes(size)} for {name}" for name, size in parts.items() if size)
         return BudgetError(

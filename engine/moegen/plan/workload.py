@@ -54,10 +54,11 @@ class Workload:
         return min(self._paged(plan), max(tokens, 1.0), self.rows)
 
     def _paged(self, plan: Plan) -> float:
-        """Sequences that there are pages for."""
+        """Sequences that there are pages and state slots for."""
         own = max(self.mean_context - plan.prefix_tokens, 1.0)
         room = plan.kv_pages * plan.page_tokens - plan.prefix_tokens
-        return max(room / (own + 1.5 * plan.page_tokens), 1.0)  # one page is reserved
+        paged = max(room / (own + 1.5 * plan.page_tokens), 1.0)  # one page is reserved
+        return min(paged, plan.state_slots or paged)
 
     def steady_pass(self, plan: Plan) -> Load:
         """The mean pass of the steady state, every field `[1]`."""

@@ -2,15 +2,16 @@
 
 The model's own config is shrunk to a tiny geometry that keeps every feature (layer kinds, windows, rotary scaling,
 routing rules), given random float32 weights, and run both ways: transformers' own forward, one sequence at a time, and
-the engine's passes, which mix chunked prefill and decode of ragged sequences over small pages, with preemption and
-with a prefix that some of them share. Equal in two stages: the model runs staged. Equal through the seams only: its
-layers run whole. Neither: it is refused.
+the engine's passes, which mix chunked prefill and decode of ragged sequences over small pages, with preemption and with
+a prefix that some of them share, or with few state slots where layers carry a state. Equal in two stages: the model
+runs staged. Equal through the seams only: its layers run whole. Neither: it is refused.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moegen.errors import UnsupportedModel
 from moegen.memory.kv_pool import KVPool
+from moegen.memory.state_pool import StatePool
 from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
 from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
@@ -36,6 +38,16 @@ _WAYS: tuple[Way, ...] = ("staged", "seams")
 TOLERANCE = 1e-4  # of the largest logit; float32 rounding is about 1e-6
 _PROMPTS, _ANSWERS = (1, 9, 3, 17, 6, 12), (14, 3, 9, 5, 12, 1)  # tokens of the probe sequences
 _PAGE_TOKENS, _PAGES, _PASS_TOKENS, _ATTENTION_TOKENS, _EXPERT_TOKENS, _LOGIT_TOKENS = 4, 15, 11, 5, 7, 6
+_SLOTS = 4  # fewer than there are sequences, so that some are used again
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What was shown equal, and what it keeps."""
+
+    way: Way
+    keeps_latents: bool
+    keeps_state: bool
 
 
 def certify(config: PreTrainedConfig, *, latent_kv: bool = True) -> Way:
@@ -44,6 +56,11 @@ def certify(config: PreTrainedConfig, *, latent_kv: bool = True) -> Way:
     Raises:
         UnsupportedModel: naming the layer or the reason.
     """
+    return certified(config, latent_kv=latent_kv).way
+
+
+def certified(config: PreTrainedConfig, *, latent_kv: bool = True) -> Certified:
+    """As `certify`, with what the layers keep."""
     family = config.model_type
     full = _full_model(config)
     _require_fixed_rotary(full, family)
@@ -60,8 +77,6 @@ def certify(config: PreTrainedConfig, *, latent_kv: bool = True) -> Way:
         try:
             host = engine_model(reference, staged=way == "staged", latent_kv=latent_kv)
             difference = logit_difference(host, reference)
-        except _StateBesideAttention as error:
-            raise UnsupportedModel(f"{family}: {error}") from error
         except UnsupportedModel as error:
             reasons[way] = _brief(error)
             continue
@@ -71,23 +86,24 @@ def certify(config: PreTrainedConfig, *, latent_kv: bool = True) -> Way:
         if difference <= TOLERANCE:
             if latent_kv:
                 _require_latents(host, family)
-            return way
-        reasons[way] = f"logits differ by {difference:.0e} of the largest"
+            return Certified(way, _keeps_latents(host), bool(host.state_shapes))
+        reasons[way] = _unkept(host) or f"logits differ by {difference:.0e} of the largest"
     raise UnsupportedModel(f"{family}: layers of type {mixers} cannot be kept exact ({reasons['seams']})")
 
 
 def _require_latents(host: ModelHost, family: str) -> None:
     """The planner, which sees no code, has counted on latents wherever a config has their rank."""
     rank = getattr(host.model.config.get_text_config(), "kv_lora_rank", None)
-    if rank and not any(shape.latent for shape in host.kv_shapes.values()):
+    if rank and not _keeps_latents(host):
         raise UnsupportedModel(
             f"{family}: layers of type {', '.join(_mixer_names(host.model))} are not made of the known parts of latent "
             "attention; give engine.plan.latent_kv: false to keep the keys and values of all heads"
         )
 
 
-class _StateBesideAttention(Exception):
-    """A decoder layer that does not mix tokens through the attention seam."""
+def _keeps_latents(host: ModelHost) -> bool:
+    """An indexer's keys have no values."""
+    return any(shape.latent and shape.value_dim for shape in host.kv_shapes.values())
 
 
 def tiny_reference(config: PreTrainedConfig, full: PreTrainedModel | None = None) -> PreTrainedModel:
@@ -129,12 +145,13 @@ def _require_fixed_rotary(model: PreTrainedModel, family: str) -> None:
                 )
 
 
-def _require_attention_everywhere(host: ModelHost) -> None:
-    """Every decoder layer must mix tokens through the attention seam: anything else it keeps would be lost."""
+def _unkept(host: ModelHost) -> str | None:
+    """The first decoder layer that mixes tokens by something the engine does not know, of a model that is not equal."""
+    known = host.kv_shapes.keys() | host.state_shapes.keys()
     for layer in decoder_layers(host.model):
-        if host.kv_shapes.keys().isdisjoint(layer.modules()):
-            mixers = ", ".join(_mixer_names(layer)) or type(layer).__name__
-            raise _StateBesideAttention(f"layer type {mixers} keeps state beside attention's keys and values")
+        if known.isdisjoint(layer.modules()) and (mixers := _mixer_names(layer)):
+            return f"{', '.join(mixers)} keeps state in a way of its own"
+    return None
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -142,9 +159,11 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     But no larger: they amplify rounding, also that of transformers' own forward, layer after layer.
     """
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20)  # some families draw vectors of their own, which are kept
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
     generator = torch.Generator().manual_seed(20)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -194,11 +213,7 @@ def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float
     """The largest difference between the reference's logits and those of the engine's passes, relative to the largest.
 
     `on_host`: keys and values live on the host, whose cores attend this share of them; None: where the model is.
-
-    Raises:
-        _StateBesideAttention: a layer keeps something that is not in the pool.
     """
-    _require_attention_everywhere(host)
     expected = _expected_logits(reference)
     hosted = None if on_host is None else HostedAttention(Link(host.device), on_host)
     home = host.device if hosted is None else torch.device("cpu")
@@ -208,12 +223,19 @@ def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float
         Request(row, tuple(tokens[:prompt]), Sampling(max_tokens=len(tokens) - prompt + 1))
         for row, (tokens, prompt) in enumerate(zip(sequences, _PROMPTS, strict=True))
     )
-    prefix = tuple(sequences[-1][:_PAGE_TOKENS])
-    scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS, prefix=prefix)
+    states = StatePool(host.state_shapes, _SLOTS, home)
+    prefix, slots = (tuple(sequences[-1][:_PAGE_TOKENS]), None) if not host.state_shapes else ((), _SLOTS)
+    scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS, prefix=prefix, slots=slots)
     worst, scale = 0.0, max(float(logits.abs().max()) for logits in expected)
     while (step := scheduler.next_step()) is not None:
         pieces = forward(
-            host, pool, step, _ATTENTION_TOKENS, logit_tokens=_LOGIT_TOKENS, keep=torch.arange(step.tokens)
+            host,
+            pool,
+            step,
+            _ATTENTION_TOKENS,
+            states=states,
+            logit_tokens=_LOGIT_TOKENS,
+            keep=torch.arange(step.tokens),
         )
         logits = torch.cat(list(pieces)).float().cpu()
         first = 0

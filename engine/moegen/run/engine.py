@@ -15,6 +15,7 @@ from moegen.errors import BudgetError
 from moegen.memory.checkpoint import Checkpoint, local_checkpoint
 from moegen.memory.device_limit import limit_allocations
 from moegen.memory.kv_pool import KVPool
+from moegen.memory.state_pool import StatePool
 from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Arithmetic, WeightHomes
 from moegen.memory.weight_stream import StreamedExperts, WeightStream
@@ -67,6 +68,7 @@ class Engine:
         self._borrowed = borrowed or ExitStack()
         self._attention = MicroBatch(plan.attention_tokens, "attention")
         self.pool = _pool(host, plan, link or Link(host.device))
+        self.states = _states(host, plan)
 
     @classmethod
     def open(cls, model_uri: str, plan: Plan, *, tokenizer: Tokenizer | None) -> Engine:
@@ -137,22 +139,24 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self._borrowed.close()
-        del self.host, self.pool
+        del self.host, self.pool, self.states
 
     def generate(
         self, requests: Iterable[Request], *, prefix: tuple[int, ...] = (), window: int = WINDOW_ROWS
     ) -> Generator[Begun | Finished | PassReport, None, None]:
         """Runs requests as they come from the iterator, drawn `window` at a time and only as pages become free.
 
-        Of `prefix`, token ids with which most of them begin, the plan's `prefix_tokens` are computed once for all.
+        Of `prefix`, token ids with which most of them begin, the plan's `prefix_tokens` are computed once for all; not
+        so where layers carry a state.
 
         Yields which rows enter before the pass in which they do, each row as it ends, in any order, and one report
         after every pass.
         """
         plan = self.plan
         ledger = PageLedger(plan.kv_pages, plan.page_tokens)
-        shared = prefix[: plan.prefix_tokens]
-        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, shared)
+        shared = () if self.host.state_shapes else prefix[: plan.prefix_tokens]
+        slots = plan.max_sequences
+        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, shared, slots)
         texts: dict[Sequence, TextStream] = {}
         self.recorder.begin()
         with Masks() as masks:
@@ -176,7 +180,10 @@ class Engine:
         tokens: list[int] = []
         first, plan = 0, self.plan
         kept = torch.from_numpy(step.kept)
-        for logits in forward(self.host, self.pool, step, self._attention, logit_tokens=plan.logit_tokens, keep=kept):
+        pieces = forward(
+            self.host, self.pool, step, self._attention, states=self.states, logit_tokens=plan.logit_tokens, keep=kept
+        )
+        for logits in pieces:
             sampled = step.sampled[first : first + len(logits)]
             if sampled:
                 allowed = masks.take()
@@ -196,7 +203,7 @@ class Engine:
     ) -> Iterator[Finished]:
         for chunk in step.chunks:
             chunk.sequence.computed += chunk.length
-        yield from _advance_scored(step, scheduler)
+        yield from _advance_scored(step, scheduler, keeps_state=bool(self.host.state_shapes))
         for sequence, token in zip(step.sampled, tokens, strict=True):
             if self.tokenizer is not None and sequence not in texts:
                 texts[sequence] = self.tokenizer.stream(sequence.request.params.stop)
@@ -240,6 +247,17 @@ def _pool(host: ModelHost, plan: Plan, link: Link) -> KVPool:
     return KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, torch.device("cpu"), hosted)
 
 
+def _states(host: ModelHost, plan: Plan) -> StatePool:
+    """Where the pages are."""
+    if host.state_shapes and not plan.state_slots:
+        raise BudgetError(
+            "engine.plan.state_slots: the model's recurrent layers carry states that were not planned for; give the "
+            "number of sequences that are to run at once"
+        )
+    home = host.device if plan.kv_home == "device" else torch.device("cpu")
+    return StatePool(host.state_shapes, plan.max_sequences, home, can_begin_anew=host.device.type != "cpu")
+
+
 def _require_executable(plan: Plan, sources: Mapping[str, ExpertSource]) -> None:
     whole = [layer for layer, source in sources.items() if not source.addressable]
     if whole and plan.resident_groups < plan.groups:
@@ -263,8 +281,11 @@ def _finished(sequence: Sequence, reason: str, text: TextStream | None) -> Finis
     )
 
 
-def _advance_scored(step: Step, scheduler: Scheduler) -> Iterator[Finished]:
-    """The next continuation of every sequence that has computed one, or its end."""
+def _advance_scored(step: Step, scheduler: Scheduler, *, keeps_state: bool) -> Iterator[Finished]:
+    """The next continuation of every sequence that has computed one, or its end.
+
+    Its prompt's keys and values are still there; a state would have gone on, so with one the prompt is computed again.
+    """
     for chunk in step.chunks:
         sequence = chunk.sequence
         if sequence.scoring is None or not chunk.completes:
@@ -279,7 +300,7 @@ def _advance_scored(step: Step, scheduler: Scheduler) -> Iterator[Finished]:
                 log_likelihoods=tuple(sequence.scoring.log_likelihoods),
             )
         else:  # it takes the place of the one before, in the same pages
-            sequence.tokens, sequence.computed = tokens, sequence.prompt_tokens
+            sequence.tokens, sequence.computed = tokens, 0 if keeps_state else sequence.prompt_tokens
 
 
 def _given_up(sequence: Sequence) -> Finished:

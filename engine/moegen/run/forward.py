@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from moegen.errors import BudgetError
 from moegen.memory.kv_pool import KVPool
+from moegen.memory.state_pool import StatePool
 from moegen.model.host import ModelHost
+from moegen.model.recurrent import RecurrentModule, recur
 from moegen.model.seams import Done, Observer
+from moegen.model.sparse import PagedIndexer, as_wide, cut
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.micro_batch import MicroBatch
 from moegen.schedule.step import AttentionBatch, Step
@@ -18,11 +23,12 @@ from moegen.schedule.step import AttentionBatch, Step
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What the layers of one pass share: its micro-batches and the pages (a `PassContext`)."""
+    """What the layers of one pass share: its micro-batches, the pages and the state slots (a `PassContext`)."""
 
     step: Step
     at_once: MicroBatch
     pool: KVPool
+    states: StatePool | None
     observer: Observer
     current: AttentionBatch | None = None  # the micro-batch at hand, inside an attention stage
     _cuts: dict[int, tuple[AttentionBatch, ...]] = field(default_factory=dict)  # by the size of a micro-batch
@@ -48,9 +54,12 @@ class Pass:
         rule: AttentionRule,
     ) -> torch.Tensor:  # fmt: skip
         """A layer that runs whole brings all its tokens at once; they are worked off batch by batch here."""
-        pages = self.pool.layers[layer]
+        pages, whole = self.pool.layers[layer], rule
 
         def one(batch: AttentionBatch, own: slice) -> torch.Tensor:
+            rule = whole if whole.chosen_TK is None else replace(whole, chosen_TK=whole.chosen_TK[own])
+            if self.pool.hosted is not None and rule.chosen_TK is not None:
+                raise BudgetError("engine.plan.kv_home: layers with a sparse indexer run with 'device' only")
             if self.pool.hosted is not None:
                 return self.pool.hosted.attend(query_THD[own], key_TGD[own], value_TGD[own], pages, batch, rule)
             pages.write(key_TGD[own], value_TGD[own], batch)
@@ -62,6 +71,45 @@ class Pass:
         with self.observer.timed("attention"):
             return self.in_batches(every) if self.current is None else one(self.current, slice(None))
 
+    def choose(self, layer: PagedIndexer, given: Mapping[str, Any]) -> torch.Tensor:
+        """As `attend`: all tokens of a layer that runs whole come at once."""
+        pages = self.pool.layers[layer]
+
+        def of(batch: AttentionBatch) -> torch.Tensor:
+            own = slice(batch.first, batch.first + batch.length)
+            return layer.choose({name: cut(value, own, self.tokens) for name, value in given.items()}, pages, batch)
+
+        def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
+            found = [of(batch) for batch in batches]
+            most = max(chosen.shape[-1] for chosen in found)
+            return torch.cat([as_wide(chosen, most) for chosen in found], dim=1)
+
+        with self.observer.timed("attention"):
+            return self.in_batches(every) if self.current is None else layer.choose(given, pages, self.current)
+
+    def recur(self, layer: RecurrentModule, hidden_1TD: torch.Tensor) -> Any:
+        """As `attend`: all tokens of a layer that runs whole come at once."""
+        states = self.states
+        assert states is not None, "a model with recurrent layers runs with slots"
+
+        def every(batches: Sequence[AttentionBatch]) -> Any:
+            cut = (hidden_1TD[:, batch.first : batch.first + batch.length] for batch in batches)
+            return _joined([recur(layer, x, batch, states, self.step) for x, batch in zip(cut, batches, strict=True)])
+
+        with self.observer.timed("attention"):
+            return (
+                self.in_batches(every)
+                if self.current is None
+                else recur(layer, hidden_1TD, self.current, states, self.step)
+            )
+
+
+def _joined(answers: list[Any]) -> Any:
+    """Answers of consecutive micro-batches as one, `[1, T, ...]`, each a tensor or a tuple of such and None."""
+    if isinstance(answers[0], tuple):
+        return tuple(_joined(list(parts)) for parts in zip(*answers, strict=True))
+    return None if answers[0] is None else torch.cat(answers, dim=1)
+
 
 @torch.inference_mode()
 def forward(
@@ -70,15 +118,16 @@ def forward(
     step: Step,
     attention_tokens: int | MicroBatch,
     *,
+    states: StatePool | None = None,
     logit_tokens: int | None = None,
     keep: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Logits of `step.last_tokens`, or of the token indices `keep`, in order: `[s, V]`, at most `logit_tokens` a time.
 
-    Attention runs in micro-batches of `attention_tokens`. Every token's KV is in the pool once the first piece is
-    there.
+    Attention runs in micro-batches of `attention_tokens`. Every token's KV is in the pool, and every sequence's state
+    in `states`, once the first piece is there.
     """
-    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, host.observer)
+    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, states, host.observer)
     yield from host.logits(
         torch.from_numpy(step.token_ids),
         torch.from_numpy(step.positions),

@@ -63,7 +63,8 @@ def _last_logits(model_uri: str, plan: Plan, prompts: Sequence[Sequence[int]]) -
     found: dict[tuple[int, int], torch.Tensor] = {}
     requests = [Request(row, tuple(tokens), Sampling(max_tokens=1)) for row, tokens in enumerate(prompts)]
     with Engine.open(model_uri, plan, tokenizer=None) as engine:
-        scheduler = Scheduler(requests, PageLedger(plan.kv_pages, plan.page_tokens), plan.pass_tokens)
+        ledger = PageLedger(plan.kv_pages, plan.page_tokens)
+        scheduler = Scheduler(requests, ledger, plan.pass_tokens, slots=plan.max_sequences)
         while (step := scheduler.next_step()) is not None:
             places = [
                 (chunk.sequence.request.row_index, chunk.start + offset)
@@ -72,8 +73,8 @@ def _last_logits(model_uri: str, plan: Plan, prompts: Sequence[Sequence[int]]) -
             ]
             kept = [at for at, (row, position) in enumerate(places) if position >= len(prompts[row]) - _POSITIONS]
             pieces = forward(
-                engine.host, engine.pool, step, plan.attention_tokens, logit_tokens=plan.logit_tokens,
-                keep=torch.tensor(kept, dtype=torch.int64),
+                engine.host, engine.pool, step, plan.attention_tokens, states=engine.states,
+                logit_tokens=plan.logit_tokens, keep=torch.tensor(kept, dtype=torch.int64),
             )  # fmt: skip
             rows = (row.float().cpu() for piece in pieces for row in piece)
             # No more than `_LOGITS` are kept; every piece is still computed, as its keys and values are needed.

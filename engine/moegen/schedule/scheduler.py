@@ -10,6 +10,7 @@ Invariants:
 - Once no more rows come, rows enter only as fast as keeps the remaining passes of one size: see `level`.
 - The oldest sequence is never preempted for another, and no sequence is admitted that could outgrow the whole
   pool: so the oldest always ends, and admission cannot livelock.
+- A running sequence has a state slot, and there are no more running sequences than slots: see `slots`.
 - Rows that begin alike share the pages of that beginning: see `prefix`.
 """
 
@@ -23,6 +24,7 @@ from moegen.schedule.level import Level
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.prefix import SharedPrefix
 from moegen.schedule.sequence import Finished, Request, Sequence
+from moegen.schedule.slots import SlotLedger
 from moegen.schedule.step import Chunk, Step
 
 WINDOW_ROWS = 1024  # read ahead of admission, to be put in order
@@ -43,8 +45,13 @@ class Scheduler:
         level_tokens: int | None = None,
         window: int = WINDOW_ROWS,
         prefix: tuple[int, ...] = (),
+        slots: int | None = None,
     ) -> None:
-        """Without `level_tokens`, every pass is as large as it can be. `prefix`: tokens with which most rows begin."""
+        """Without `level_tokens`, every pass is as large as it can be. `prefix`: tokens with which most rows begin.
+
+        `slots`: sequences that may run at once; None: as many as a pass has tokens. Where slots keep states there must
+        be no `prefix`: a state at its end is not kept.
+        """
         self.ledger = ledger
         self.pass_tokens = pass_tokens
         self.running: list[Sequence] = []  # oldest first
@@ -57,6 +64,7 @@ class Scheduler:
         self._exhausted = False  # no more rows come
         self._level = Level(pass_tokens, pass_tokens if level_tokens is None else level_tokens)
         self._prefix = SharedPrefix(prefix, ledger)
+        self._slots = SlotLedger(pass_tokens if slots is None else min(slots, pass_tokens))
 
     def next_step(self) -> Step | None:
         """The next pass, or None when every request has ended (rows newly refused may remain in `refused`)."""
@@ -88,8 +96,7 @@ class Scheduler:
 
     def end(self, sequence: Sequence) -> None:
         """The sequence is done: its pages are free at once."""
-        self.running.remove(sequence)
-        self._prefix.leave(sequence)
+        self._leave(sequence)
 
     def _grow_running(self) -> None:
         index = 0
@@ -100,9 +107,13 @@ class Scheduler:
             elif not self._prefix.drop():
                 self._preempt(self.running[-1])
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._prefix.leave(sequence)
+        self._slots.give_back(sequence.slot)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
         sequence.computed = 0
         self._waiting.appendleft(sequence)
 
@@ -111,7 +122,7 @@ class Scheduler:
 
         And if its pages are free, with a page of growth for each that runs.
         """
-        if len(self.running) >= self.pass_tokens or not (self._waiting or self._draw()):
+        if not self._slots.free or not (self._waiting or self._draw()):
             return None
         sequence = self._waiting[0]
         if not self._level.room(sequence, taken):
@@ -121,6 +132,7 @@ class Scheduler:
         self._prefix.enter(sequence)
         self.ledger.grow(sequence.pages, len(sequence.tokens))
         self._waiting.popleft()
+        sequence.slot = self._slots.take()
         self.running.append(sequence)
         self.begun.append(sequence.request.row_index)
         self.running.sort(key=lambda s: s.order)

@@ -76,6 +76,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scoring: Scoring | None = None  # of a request with continuations
+    slot: int = 0  # while it runs: where recurrent layers keep its state
     shared: int = 0  # tokens at its beginning that other rows have too: while it runs, their pages are its first
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ class Span:
     length: int
     kv_length: int  # tokens of the sequence up to and including the last of this span
     pages: list[int]
+    slot: int = 0  # of the sequence's state
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,8 @@ class Step:
             done = 0
             while done < chunk.length:
                 take = min(chunk.length - done, attention_tokens - filled)
-                spans.append(Span(filled, take, chunk.start + done + take, chunk.sequence.pages))
+                sequence = chunk.sequence
+                spans.append(Span(filled, take, chunk.start + done + take, sequence.pages, sequence.slot))
                 done, filled = done + take, filled + take
                 if filled == attention_tokens:
                     yield self._batch(first, filled, spans)
