@@ -1,4 +1,7 @@
-"""Where keys and values live: per layer, one tensor of pages for keys and one for values, or one for latents."""
+"""Where keys and values live: per layer, one tensor of pages for keys and one for values, or one for latents.
+
+Pages of int8 have a tensor of scales beside each.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 
 from moegen.ops.host_memory import host_zeros
 from moegen.ops.hosted_attention import HostedAttention
-from moegen.ops.kv_pages import LatentPages, LayerPages
+from moegen.ops.kv_pages import CodedPages, LatentPages, LayerPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class KVPool:
         self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device,
         hosted: HostedAttention | None = None,
     ) -> None:  # fmt: skip
-        """`device` has the pages: the host, if `hosted` is given."""
+        """`device` has the pages: the host, if `hosted` is given. `dtype` is theirs: floats, or int8 but for latents."""
         self.hosted = hosted
         self.layers = {layer: _layer(shape, pages, page_tokens, dtype, device) for layer, shape in shapes.items()}
 
@@ -47,7 +50,11 @@ def _layer(shape: KVShape, pages: int, page_tokens: int, dtype: torch.dtype, dev
     keys = _pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device)
     if shape.latent:
         return LatentPages.of(keys, shape.value_dim)
-    return LayerPages(keys, _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device))
+    values = _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device)
+    if dtype != torch.int8:
+        return LayerPages(keys, values)
+    scales = (_pages((pages, shape.kv_heads, page_tokens), torch.float32, device) for _ in range(2))
+    return CodedPages(keys, values, *scales)
 
 
 def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
