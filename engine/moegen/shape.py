@@ -14,7 +14,7 @@ from moegen.coding import CodedTensor, coded_tensors, logical_tensors
 from moegen.errors import CheckpointError, InputError, SpecError, UnsupportedModel
 from moegen.storage import describe, join, list_names, open_input, read_bytes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
                  "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -41,7 +41,7 @@ class KVPool:
         self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device,
         hosted: HostedAttention | None = None,
     ) -> None:  # fmt: skip
-        """`device` has the pages: the host, if `hosted` is given. `dtype` is theirs: floats, or int8 but for latents."""
+        """`device` has the pages: the host, if `hosted` is given. `dtype` may be int8, but not for latents."""
         self.hosted = hosted
         self.layers = {layer: _layer(shape, pages, page_tokens, dtype, device) for layer, shape in shapes.items()}
 
@@ -49,6 +49,8 @@ class KVPool:
 def _layer(shape: KVShape, pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> LayerPages:
     keys = _pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device)
     if shape.latent:
+        if dtype == torch.int8:
+            raise ValueError("latents are kept as floats")
         return LatentPages.of(keys, shape.value_dim)
     values = _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device)
     if dtype != torch.int8:

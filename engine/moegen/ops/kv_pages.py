@@ -1,7 +1,7 @@
 """The pages of one layer's keys and values, written and gathered in bulk.
 
-Shape suffixes: T tokens, P pages, N some of them, G KV heads, C tokens per page, L tokens of a sequence, D head dim, R a
-latent's rank, W its width with the rotary part. A page of one KV head is one contiguous run.
+Shape suffixes: T tokens, P pages, N some of them, G KV heads, C tokens per page, L tokens of a sequence, D head dim,
+R a latent's rank, W its width with the rotary part. A page of one KV head is one contiguous run.
 """
 
 from __future__ import annotations

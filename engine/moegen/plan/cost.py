@@ -132,16 +132,16 @@ class CostModel:
         return 2 * self.shape.layers * width * load.decode_kv_tokens
 
     def _decode_bytes(self, load: Load) -> Floats:
-        return load.decode_kv_tokens * self.footprint.page(1)
+        return load.decode_kv_tokens * self.footprint.kv_token
 
     def _decode_rate(self, load: Load) -> Floats:
         """At the KV bytes that a sequence of the pass has in one layer under one KV head."""
         context = load.decode_kv_tokens / np.maximum(load.decode_sequences, 1)
-        return at(self._decode_curve, np.maximum(context, 1) * self.footprint.page(1) / self._layer_kv_heads)
+        return at(self._decode_curve, np.maximum(context, 1) * self.footprint.kv_token / self._layer_kv_heads)
 
     def _attention_traffic(self, load: Load) -> Floats:
         """Keys and values that go home to the host, queries and answers of what the host's cores attend."""
-        written = load.tokens * self.footprint.page(1) if self.plan.kv_home == "host" else 0 * load.tokens
+        written = load.tokens * self.footprint.kv_token if self.plan.kv_home == "host" else 0 * load.tokens
         width = self.shape.absorbed_width if self.footprint.latent else self.shape.attention_width
         attended = load.decode_sequences * self.shape.layers * width
         return written + attended * DTYPE_BYTES[self.plan.compute_dtype] * self.plan.attention_on_host

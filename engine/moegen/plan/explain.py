@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from moegen.plan.curve import Surface
 from moegen.plan.footprint import Footprint
@@ -27,11 +27,15 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
     ]
     if shape.moe_layers:
         lines.append(_expert(shape, plan))
-    heads = format_bytes(shape.kv_per_token * DTYPE_BYTES[plan.kv_dtype])
+    kept = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype, latent_kv=False)
+    heads = format_bytes(kept.kv_token)
+    if plan.kv_dtype == "int8":
+        plain = format_bytes(replace(kept, kv_dtype=shape.dtype).kv_token)
+        heads = f"{heads} of int8 codes and their scales, instead of {plain} of {shape.dtype},"
     if shape.latent_kv_per_token is None:
         return [*lines, f"KV        {heads} per token"]
     ratio = shape.kv_per_token / shape.latent_kv_per_token
-    latent = format_bytes(shape.latent_kv_per_token * DTYPE_BYTES[plan.kv_dtype])
+    latent = format_bytes(shape.latent_kv_per_token * DTYPE_BYTES[shape.dtype])
     if plan.latent_kv:
         return [
             *lines,
@@ -92,7 +96,7 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
         )
     if plan.groups:
         lines.append(_experts(plan))
-    if plan.compute_dtype != plan.kv_dtype:
+    if plan.kv_dtype not in (plan.compute_dtype, "int8"):
         lines.append(f"          computed in {plan.compute_dtype}: this CPU multiplies {plan.kv_dtype} more slowly")
     return lines
 
@@ -116,7 +120,7 @@ def _promise(machine: Machine, outlook: Outlook) -> list[str]:
     lines.append(f"          one more GiB of memory would change tokens/s by: {gains}")
     if outlook.few_bits_tokens_per_s:
         fewer = ", ".join(f"{name} {gain:+,.1f}" for name, gain in outlook.few_bits_tokens_per_s.items())
-        lines.append(f"          experts in few bits would change tokens/s by: {fewer}")
+        lines.append(f"          fewer bits would change tokens/s by: {fewer}")
     return lines
 
 

@@ -38,6 +38,14 @@ class Footprint:
         return (self.shape.latent_kv_per_token if self.latent else None) or self.shape.kv_per_token
 
     @property
+    def kv_token(self) -> int:
+        """Bytes that one token keeps over all layers; beside codes, a scale for each key and value of a KV head."""
+        scales = (
+            2 * self.kv_per_token * self.shape.heads // self.shape.attention_width if self.kv_dtype == "int8" else 0
+        )
+        return self.kv_per_token * DTYPE_BYTES[self.kv_dtype] + 4 * scales
+
+    @property
     def dense(self) -> int:
         """Weights outside the experts: linear layers as experts are kept, embeddings in the dtype of arithmetic."""
         embedding = self.shape.vocab_size * self.shape.hidden_size
@@ -102,7 +110,7 @@ class Footprint:
         return self.shape.moe_layers * min(count * self.group_experts, self.shape.experts) * self.expert
 
     def page(self, page_tokens: int) -> int:
-        return self.kv_per_token * DTYPE_BYTES[self.kv_dtype] * page_tokens
+        return self.kv_token * page_tokens
 
     @property
     def logit_tokens(self) -> int:

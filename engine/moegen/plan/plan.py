@@ -42,7 +42,7 @@ class Plan:
     threads: int  # of the host's cores, for arithmetic
     compute_dtype: str  # of dense weights and activations while they are multiplied
     expert_dtype: str  # of expert weights, as they lie in memory
-    kv_dtype: str  # of the pages
+    kv_dtype: str  # of the pages; int8: codes, with a scale per token and KV head
     attention_tokens: int  # tokens per attention micro-batch
     expert_tokens: int  # token-expert pairs per expert chunk
     pass_tokens: int  # tokens per pass: every running sequence's decode token and the prefill that fits

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moegen.errors import BudgetError
+from moegen.errors import BudgetError, SpecError
 from moegen.plan.cost import CostModel, balanced_attention
 from moegen.plan.curve import Surface
 from moegen.plan.footprint import Footprint
@@ -60,6 +60,7 @@ def choose_plan(
 
     Raises:
         BudgetError: no plan keeps within the budget; says the smallest budget that would do.
+        SpecError: pages cannot be of the dtype that the job wants.
     """
     search = _Search.of(shape, machine, engine, dtype, workload, streamable)
     fitting = [plan for plan in search.plans() if plan.host.spare >= 0 and plan.device_memory.spare >= 0]
@@ -92,10 +93,15 @@ class _Search:
             shape,
             compute_dtype=compute_dtype,
             expert_dtype=_expert_dtype(shape, machine, model_dtype, compute_dtype),
-            kv_dtype=model_dtype,
+            kv_dtype=model_dtype if engine.plan.kv_dtype == "auto" else engine.plan.kv_dtype,
             fixed_group_experts=engine.plan.group_experts,
             latent_kv=engine.plan.latent_kv,
         )
+        if footprint.latent and footprint.kv_dtype == "int8":
+            raise SpecError(
+                "engine.plan.kv_dtype: 'int8' cannot be used for latents, which are few bytes as they are; leave it "
+                "out, or keep the keys and values of all heads by engine.plan.latent_kv: false"
+            )
         return cls(footprint, machine, engine, workload, streamable, host, device)
 
     @property

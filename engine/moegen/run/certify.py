@@ -190,10 +190,13 @@ def engine_model(
     return ModelHost(model.to(device), staged=staged, expert_tokens=_EXPERT_TOKENS, latent_kv=latent_kv)
 
 
-def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float | None = None) -> float:
+def logit_difference(
+    host: ModelHost, reference: PreTrainedModel, on_host: float | None = None, kv_dtype: torch.dtype | None = None
+) -> float:
     """The largest difference between the reference's logits and those of the engine's passes, relative to the largest.
 
     `on_host`: keys and values live on the host, whose cores attend this share of them; None: where the model is.
+    `kv_dtype` is theirs; None: the model's.
 
     Raises:
         _StateBesideAttention: a layer keeps something that is not in the pool.
@@ -202,7 +205,7 @@ def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float
     expected = _expected_logits(reference)
     hosted = None if on_host is None else HostedAttention(Link(host.device), on_host)
     home = host.device if hosted is None else torch.device("cpu")
-    pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, host.model.dtype, home, hosted)
+    pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, kv_dtype or host.model.dtype, home, hosted)
     sequences = _probe_sequences(expected[0].shape[-1])
     requests = (
         Request(row, tuple(tokens[:prompt]), Sampling(max_tokens=len(tokens) - prompt + 1))

@@ -1,4 +1,4 @@
-"""What it costs to keep experts in 8 bits, measured: the same prompts through the model as stored and as it is kept."""
+"""What experts or pages in 8 bits cost, measured: the same prompts through the model as stored and as it is kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _LOGITS = 1 << 24  # that are kept for comparison
 class WeightCost:
     """Differences of logits, in the model's own units, at the last positions of some prompts."""
 
-    weights: str
+    weights: str  # as in the plan
+    kv_dtype: str
     prompts: int
     positions: int
     mean_logit_difference: float
@@ -49,6 +50,7 @@ def weight_cost(model_uri: str, stored: Plan, kept: Plan, prompts: Sequence[Sequ
     difference = (got - expected).abs()
     return WeightCost(
         weights=kept.weights,
+        kv_dtype=kept.kv_dtype,
         prompts=len(prompts),
         positions=len(expected),
         mean_logit_difference=float(difference.mean()),
