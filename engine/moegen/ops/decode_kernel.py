@@ -3,11 +3,11 @@
 Compiled with Numba at first use (and cached on disk), so that installing needs no compiler. Pages are float32, bfloat16
 or int8 codes; arithmetic is float32. A code is taken as the number that it is: the scales of keys multiply the scores,
 those of values the weights, once for each query head and token. A task is one KV head over one piece of a sequence: all
-R query heads of the group meet a page while it is in cache. Both products are a few rows times a panel BLOCK columns wide: queries times a page's
-keys (transposed into a scratch panel), weights times its values. The softmax subtracts the running maximum (Milakov &
-Gimelshein 2018, "Online normalizer calculation for softmax"). A core waits for few lines of memory at a time, so they
-are asked for evenly: a block's values while its keys are scored, the next block's keys, or those of the thread's next
-task, while its values are added.
+R query heads of the group meet a page while it is in cache. Both products are a few rows times a panel BLOCK columns
+wide: queries times a page's keys (transposed into a scratch panel), weights times its values. The softmax subtracts the
+running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"). A core waits for few lines of
+memory at a time, so they are asked for evenly: a block's values while its keys are scored, the next block's keys, or
+those of the thread's next task, while its values are added.
 
 Threads take tasks from one counter, so a ragged batch is balanced. Pieces are cut by the sequence's own length and
 merged in order: neither the number of threads nor the rest of the batch changes a bit of the result.
