@@ -16,7 +16,7 @@ from moegen.plan.footprint import Footprint
 from moegen.plan.outlook import Outlook
 from moegen.plan.search import choose_plan
 from moegen.plan.workload import UNKNOWN
-from moegen.run.certify import engine_model, logit_difference, tiny_reference
+from moegen.run.certify import engine_model, logit_difference, random_model
 from moegen.run.engine import Engine
 from moegen.schedule.sequence import Finished
 from moegen.shape import ModelShape
@@ -35,10 +35,15 @@ __all__ = ["preempted"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CODED = Asked(plan=PlanOverrides(kv_dtype="int8"))
-CONFIGS = {  # grouped heads; sinks and windows; soft cap and windows
-    "qwen3_moe": Qwen3MoeConfig,
-    "gpt_oss": GptOssConfig,
-    "gemma2": Gemma2Config,
+SMALL = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+ALL_EXPERTS = {"num_experts_per_tok": 4}  # a router that chooses would turn any rounding into another expert
+CONFIGS = {  # grouped heads; sinks and windows; soft cap and windows, in layers that run whole
+    "qwen3_moe": (Qwen3MoeConfig(**SMALL, **ALL_EXPERTS, num_experts=4, moe_intermediate_size=32), True),
+    "gpt_oss": (GptOssConfig(**SMALL, **ALL_EXPERTS, num_local_experts=4, sliding_window=4), True),
+    "gemma2": (Gemma2Config(**SMALL, sliding_window=4), False),
 }
 
 
@@ -64,20 +69,19 @@ def _rounding(reference: PreTrainedModel) -> PreTrainedModel:
     return rounding
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_logits_are_transformers_within_the_rounding_of_8_bits(config: type[PreTrainedConfig]) -> None:
-    """Ragged, chunked, preempted and with a shared prefix. Random weights make attention sharp: real models lose less.
+@pytest.mark.parametrize(("config", "staged"), CONFIGS.values(), ids=CONFIGS)
+def test_logits_are_transformers_within_the_rounding_of_8_bits(config: PreTrainedConfig, staged: bool) -> None:
+    """Ragged, chunked, preempted and with a shared prefix: within 5 % of the largest logit, over random weights.
 
-    Beside a transformers model whose attention rounds its keys and values, little is left: a code that rounds the other
-    way, since batches are summed in another order.
+    And equal to a transformers model whose own attention rounds its keys and values.
     """
-    reference = tiny_reference(config())
-    host = engine_model(reference, staged=True)
-    assert logit_difference(host, reference) < 1e-4
+    reference = random_model(config)
+    host = engine_model(reference, staged=staged)
+    assert logit_difference(host, reference) < 1e-5
     assert 1e-4 < logit_difference(host, reference, kv_dtype=torch.int8) < 0.05
-    assert logit_difference(host, _rounding(reference), kv_dtype=torch.int8) < 0.005
+    assert logit_difference(host, _rounding(reference), kv_dtype=torch.int8) < 1e-4
     for share in (0.0, 0.5):
-        assert logit_difference(host, _rounding(reference), share, torch.int8) < 0.005
+        assert logit_difference(host, _rounding(reference), share, torch.int8) < 1e-4
 
 
 @pytest.mark.parametrize("wrong", ["larger", "exchanged", "of the pass"])
@@ -92,10 +96,11 @@ def test_this_comparison_sees_wrong_scales(wrong: str, monkeypatch: pytest.Monke
             return key_codes, value_codes, value_scales, key_scales
         return key_codes, value_codes, key_scales.mean().expand_as(key_scales), value_scales
 
-    reference = tiny_reference(Qwen3MoeConfig())
-    host = engine_model(reference, staged=True)
+    config, staged = CONFIGS["qwen3_moe"]
+    reference = random_model(config)
+    host = engine_model(reference, staged=staged)
     monkeypatch.setattr(CodedPages, "kept", wrongly)
-    assert logit_difference(host, _rounding(reference), kv_dtype=torch.int8) > 0.02
+    assert logit_difference(host, reference, kv_dtype=torch.int8) > 0.1
 
 
 SIZES = [
