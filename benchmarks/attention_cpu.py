@@ -6,7 +6,7 @@ are measured in the same run, between the rounds. torch's SDPA gets the same val
 takes another layer's pages, so that none is in cache. The answers are compared before anything is timed. The same
 values as int8 codes are timed beside them: what is compared is keys and values per second, not bytes.
 
-    python benchmarks/attention_cpu.py [--rounds 7] [--heads 32 --head-dim 128] [--quick]
+    python benchmarks/attention_cpu.py [--rounds 7] [--heads 32 --head-dim 128] [--no-sdpa] [--quick]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -133,24 +134,28 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(case: Case, rounds: int) -> dict[str, object]:
+def measure(case: Case, rounds: int, *, sdpa: bool) -> dict[str, object]:
     """All sides of a case, interleaved: rates of every round in bytes or FLOPs per second."""
     work = Work(case)
     error = work.check()
-    laid_out = [work.laid_out(layer) for layer in range(LAYERS)]
-    sdpa_bytes = sum(x.nbytes for x in laid_out[0])
+    laid_out = [work.laid_out(layer) for layer in range(LAYERS)] if sdpa else []
+    sdpa_bytes = sum(x.nbytes for x in laid_out[0]) if sdpa else 0
     block, matrix = torch.ones(DRAM_BYTES // 4), torch.randn(GEMM_SIZE, GEMM_SIZE)
     names = ("kernel", "sdpa_gqa", "sdpa_rows", "dram", "gemm", "bfloat16_tokens", "int8_tokens")
     rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         layer = number % LAYERS
+
+        def by_sdpa(layer: int = layer, *, gqa: bool) -> object:
+            return work.sdpa(*laid_out[layer], gqa=gqa) if sdpa else None
+
         taken = {
             "dram": DRAM_BYTES / seconds(block.sum),
             "bfloat16_tokens": sum(case.lengths) / seconds(lambda layer=layer: work.ours(work.layers[layer])),
             "int8_tokens": sum(case.lengths) / seconds(lambda layer=layer: work.ours(work.coded[layer])),
             "gemm": 2 * GEMM_SIZE**3 / seconds(lambda: matrix @ matrix),
-            "sdpa_rows": sdpa_bytes / seconds(lambda layer=layer: work.sdpa(*laid_out[layer], gqa=False)),
-            "sdpa_gqa": sdpa_bytes / seconds(lambda layer=layer: work.sdpa(*laid_out[layer], gqa=True)),
+            "sdpa_rows": sdpa_bytes / seconds(partial(by_sdpa, gqa=False)),
+            "sdpa_gqa": sdpa_bytes / seconds(partial(by_sdpa, gqa=True)),
         }
         taken["kernel"] = taken["bfloat16_tokens"] * case.kv_bytes / sum(case.lengths)
         if number:  # the first round warms up
@@ -204,6 +209,7 @@ def main() -> None:
     parser.add_argument("--page-tokens", type=int, default=32)
     parser.add_argument("--heads", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--no-sdpa", action="store_true", help="without torch's SDPA, whose figures are 0 then")
     parser.add_argument("--quick", action="store_true", help="one small case, to see that everything runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention_cpu.json")
     args = parser.parse_args()
@@ -218,7 +224,7 @@ def main() -> None:
     print("".join(f"{name:>{width}}" for name, width in HEADER))
     results = []
     for case in cases(args.page_tokens, args.heads, args.head_dim, quick=args.quick):
-        results.append(measure(case, args.rounds))
+        results.append(measure(case, args.rounds, sdpa=not args.no_sdpa))
         print(line(results[-1]), flush=True)
     lowest = min(float(result["fraction_of_roofline"]) for result in results)  # type: ignore[arg-type]
     print(f"lowest fraction of the roofline: {lowest:.0%}")

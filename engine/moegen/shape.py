@@ -21,6 +21,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
 _KV_PROJECTION = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.[kv]_proj\.weight")
 _EXPERTS_OF_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(?:experts|block_sparse_moe\.(?:in|out)put_linear)\.")
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _EXPERT_NAMES = (".experts.", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear")
 
 
@@ -51,6 +52,7 @@ class ModelShape:
     expert_stored_bytes: int | None = None  # of experts in few bits on disk, scales and zeros included
     coded_dense_weights: int = 0  # weights outside the experts that are in few bits on disk: expanded when loaded
     kept_as: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become in memory
+    windows: tuple[int | None, ...] = ()  # of every layer's attention; empty: none has one, or not all are alike
 
     @classmethod
     def read(cls, model_uri: str) -> ModelShape:
@@ -121,6 +123,7 @@ class ModelShape:
             tied_head=not any(name.endswith("lm_head.weight") for name in tensors),
             absorbed_width=_absorbed_width(text),
             key_up_weights=_key_up_weights(text),
+            windows=_windows(text, tensors),
         )
 
     @property
@@ -305,6 +308,22 @@ def _kv_per_token(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
     key_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     value_dim = getattr(text, "v_head_dim", None) or key_dim
     return int(text.num_hidden_layers * kv_heads * (key_dim + value_dim))
+
+
+def _windows(text: Any, tensors: dict[str, tuple[int, ...]]) -> tuple[int | None, ...]:
+    """Where every layer is of one of the two common kinds, and all keep the same per token."""
+    window, longest = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None) or 1 << 30
+    kinds = getattr(text, "layer_types", None) or [_SLIDING] * text.num_hidden_layers
+    alike = len({shape for name, shape in tensors.items() if _is_kv_projection(name, text.num_hidden_layers)}) <= 1
+    if (
+        not alike
+        or type(window) is not int
+        or window >= longest
+        or {*kinds} - {_SLIDING, _FULL}
+        or _SLIDING not in kinds
+    ):
+        return ()
+    return tuple(window if kind == _SLIDING else None for kind in kinds)
 
 
 def _is_kv_projection(name: str, layers: int) -> bool:

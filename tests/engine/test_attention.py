@@ -156,7 +156,7 @@ def test_codes_do_not_know_how_a_prompt_was_cut() -> None:
     tables = []
     for attention_tokens in (1, 5, 16, 37):
         pages = pages_of(*(torch.zeros(10, KV_HEADS, 4, 16, dtype=torch.int8) for _ in range(2)))
-        sequence = Sequence(Request(0, (0,), Sampling(max_tokens=1)), 0, [0] * 37, pages=list(range(9, -1, -1)))
+        sequence = Sequence(Request(0, (0,), Sampling(max_tokens=1)), 0, [0] * 37, pages=[list(range(9, -1, -1))])
         for batch in Step([Chunk(sequence, 0, 37)], 4).attention_batches(attention_tokens):
             own = slice(batch.first, batch.first + batch.length)
             pages.write(new[0, own], new[1, own], batch)

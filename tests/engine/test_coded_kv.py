@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from moegen.errors import SpecError
+from moegen.memory.kv_pool import KVPool, KVShape
 from moegen.ops.kv_pages import CodedPages
 from moegen.plan.explain import explain
 from moegen.plan.footprint import Footprint
@@ -163,6 +164,8 @@ def test_the_plan_says_so() -> None:
 
 
 def test_latents_are_no_codes() -> None:
+    with pytest.raises(ValueError, match="latents are kept as floats"):
+        KVPool({0: KVShape(1, 24, 16, latent=True)}, 4, 4, torch.int8, torch.device("cpu"))
     with pytest.raises(SpecError, match=r"engine\.plan\.kv_dtype: 'int8' cannot be used for latents.*latent_kv: false"):
         choose_plan(LATENT, MACHINE, CODED)
     heads = Asked(plan=PlanOverrides(kv_dtype="int8", latent_kv=False))

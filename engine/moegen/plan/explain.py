@@ -90,6 +90,8 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
         f"pages     {plan.kv_pages} of {plan.page_tokens} tokens on the {plan.kv_home}: the longest prompt and answer "
         f"{plan.max_sequence_tokens} tokens",
     ]
+    if plan.kv_windows != (None,):
+        lines.append(_windows(plan))
     if plan.prefix_tokens:
         lines.append(
             f"prefix    {plan.prefix_tokens} tokens that nearly all prompts begin with are computed once and shared"
@@ -139,6 +141,13 @@ def _memory(where: str, memory: MemoryUse) -> list[str]:
         if (size := getattr(memory, item.name)) and item.name != "budget"
     )
     return [f"{where:9} {format_bytes(memory.used)} of {format_bytes(memory.budget)}: {parts}"]
+
+
+def _windows(plan: Plan) -> str:
+    """Which tokens are given up where."""
+    counts = {window: plan.kv_windows.count(window) for window in plan.kv_windows if window is not None}
+    kept = ", ".join(f"{count} of them keep the last {window} tokens alone" for window, count in counts.items())
+    return f"          each is of one of {len(plan.kv_windows)} groups of layers; {kept}"
 
 
 def _experts(plan: Plan) -> str:

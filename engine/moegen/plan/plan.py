@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from moegen.schedule.pages import PageLedger
+
 
 @dataclass(frozen=True)
 class MemoryUse:
@@ -65,10 +67,16 @@ class Plan:
     latent_kv: bool = True  # layers with latent attention keep latents; else keys and values of all heads
     weights: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become when they are loaded
 
+    kv_windows: tuple[int | None, ...] = (None,)  # of the groups of layers that pages are of; None: all tokens are kept
+
+    def ledger(self) -> PageLedger:
+        """All pages, free."""
+        return PageLedger(self.kv_pages, self.page_tokens, self.kv_windows, self.pass_tokens)
+
     @property
     def max_sequence_tokens(self) -> int:
         """The longest prompt and answer that the pool can hold."""
-        return self.kv_pages * self.page_tokens
+        return self.ledger().capacity_tokens
 
     @property
     def streamed_groups(self) -> int:

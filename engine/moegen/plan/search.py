@@ -96,6 +96,7 @@ class _Search:
             kv_dtype=model_dtype if engine.plan.kv_dtype == "auto" else engine.plan.kv_dtype,
             fixed_group_experts=engine.plan.group_experts,
             latent_kv=engine.plan.latent_kv,
+            free_windows=engine.plan.free_windows,
         )
         if footprint.latent and footprint.kv_dtype == "int8":
             raise SpecError(
@@ -220,6 +221,7 @@ class _Search:
             device_memory=device,
             prefix_tokens=self._prefix_tokens(fixed.page_tokens or _PAGE_TOKENS),
             latent_kv=footprint.latent_kv,
+            kv_windows=tuple(group.window for group in footprint.layer_groups),
             weights=footprint.shape.kept_as,
         )
 
@@ -265,7 +267,7 @@ class _Search:
         """With all pages that there is room for and use for; at least as many as the smallest pool has."""
         memory = plan.host if plan.kv_home == "host" else plan.device_memory
         page = self.footprint.page(plan.page_tokens)
-        useful = plan.pass_tokens * -(-self._longest // plan.page_tokens)
+        useful = plan.pass_tokens * plan.ledger().most_pages(self._longest)
         pages = self.engine.plan.kv_pages or max(min(memory.spare // page, useful), self._fewest_pages(plan))
         filled = replace(memory, kv=pages * page)
         if plan.kv_home == "host":
@@ -273,7 +275,7 @@ class _Search:
         return replace(plan, kv_pages=pages, device_memory=filled)
 
     def _fewest_pages(self, plan: Plan) -> int:
-        return -(-min(self._longest, _MIN_SEQUENCE_TOKENS) // plan.page_tokens)
+        return plan.ledger().most_pages(min(self._longest, _MIN_SEQUENCE_TOKENS))
 
     @property
     def _longest(self) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moegen.errors import UnsupportedModel
-from moegen.memory.kv_pool import KVPool
+from moegen.memory.kv_pool import KVPool, groups_of
 from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
 from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
@@ -205,14 +205,17 @@ def logit_difference(
     expected = _expected_logits(reference)
     hosted = None if on_host is None else HostedAttention(Link(host.device), on_host)
     home = host.device if hosted is None else torch.device("cpu")
-    pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, kv_dtype or host.model.dtype, home, hosted)
+    groups = groups_of(host.kv_shapes.values())
+    pages, windows = _PAGES * len(groups), tuple(group.window for group in groups)
+    pool = KVPool(host.kv_shapes, pages, _PAGE_TOKENS, kv_dtype or host.model.dtype, home, hosted, groups)
+    ledger = PageLedger(pages, _PAGE_TOKENS, windows, _PASS_TOKENS)
     sequences = _probe_sequences(expected[0].shape[-1])
     requests = (
         Request(row, tuple(tokens[:prompt]), Sampling(max_tokens=len(tokens) - prompt + 1))
         for row, (tokens, prompt) in enumerate(zip(sequences, _PROMPTS, strict=True))
     )
     prefix = tuple(sequences[-1][:_PAGE_TOKENS])
-    scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS, prefix=prefix)
+    scheduler = Scheduler(requests, ledger, _PASS_TOKENS, prefix=prefix)
     worst, scale = 0.0, max(float(logits.abs().max()) for logits in expected)
     while (step := scheduler.next_step()) is not None:
         pieces = forward(

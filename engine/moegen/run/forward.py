@@ -48,9 +48,10 @@ class Pass:
         rule: AttentionRule,
     ) -> torch.Tensor:  # fmt: skip
         """A layer that runs whole brings all its tokens at once; they are worked off batch by batch here."""
-        pages = self.pool.layers[layer]
+        pages, group = self.pool.layers[layer], self.pool.group_of[layer]
 
         def one(batch: AttentionBatch, own: slice) -> torch.Tensor:
+            batch = batch.of_group(group)
             if self.pool.hosted is not None:
                 return self.pool.hosted.attend(query_THD[own], key_TGD[own], value_TGD[own], pages, batch, rule)
             pages.write(key_TGD[own], value_TGD[own], batch)

@@ -11,7 +11,6 @@ import torch
 from moegen.plan.plan import Plan
 from moegen.run.engine import Engine
 from moegen.run.forward import forward
-from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import Scheduler
 from moegen.schedule.sequence import Request
 from moegen.spec import Sampling
@@ -65,7 +64,7 @@ def _last_logits(model_uri: str, plan: Plan, prompts: Sequence[Sequence[int]]) -
     found: dict[tuple[int, int], torch.Tensor] = {}
     requests = [Request(row, tuple(tokens), Sampling(max_tokens=1)) for row, tokens in enumerate(prompts)]
     with Engine.open(model_uri, plan, tokenizer=None) as engine:
-        scheduler = Scheduler(requests, PageLedger(plan.kv_pages, plan.page_tokens), plan.pass_tokens)
+        scheduler = Scheduler(requests, plan.ledger(), plan.pass_tokens)
         while (step := scheduler.next_step()) is not None:
             places = [
                 (chunk.sequence.request.row_index, chunk.start + offset)
