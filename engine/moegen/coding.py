@@ -11,7 +11,8 @@ No weights are read here and no torch is needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,7 +103,7 @@ def logical_tensors(
     if not quantization:
         return dict(stored)
     method = str(quantization.get("quant_method", "unknown"))
-    formats = {
+    formats: dict[str, Callable[[Mapping[str, StoredTensor], dict[str, Any]], _Format]] = {
         "fp8": _Fp8, "mxfp4": _Mxfp4, "compressed-tensors": _CompressedTensors, "awq": _Awq, "gptq": _Gptq,
     }  # fmt: skip
     if method not in formats:
@@ -110,7 +111,7 @@ def logical_tensors(
     return formats[method](stored, dict(quantization)).tensors()
 
 
-class _Format:
+class _Format(ABC):
     """One format over one checkpoint's tensors. `codes` names what holds codes; its groups `before` and `after`."""
 
     method: str
@@ -122,7 +123,7 @@ class _Format:
         self.stored, self.settings = stored, settings
         self.read_settings()
 
-    def read_settings(self) -> None:
+    def read_settings(self) -> None:  # noqa: B027 - a format may need nothing
         """Checks and takes what the format needs of config.json."""
 
     def is_coded(self, name: str) -> bool:
@@ -134,9 +135,9 @@ class _Format:
         assert match is not None
         return match["base"]
 
+    @abstractmethod
     def coded(self, base: str, name: str) -> tuple[str, CodedTensor]:
         """The matrix's own name, and the matrix."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, StoredTensor | CodedTensor]:
         found: dict[str, StoredTensor | CodedTensor] = {}
@@ -289,12 +290,10 @@ class _CompressedTensors(_Format):
         singles: tuple[tuple[int, ...], ...] = ((outputs,), (), (1,), (1, 1))
         scales = self.part(scale_name, name, (wanted, *(singles if wanted[1] == 1 else ())), _FLOATS)
         rows = 1 if scales.shape and scales.shape[0] == outputs else outputs
-        zeros = None
-        names: tuple[str, ...] = (name, scale_name)
         if not self.symmetric and kind != "fp8_e4m3":
             raise self._asymmetric(base, stored)
         coding = Coding(self._format(kind), kind, "rows", group, scale_rows=rows, zero=zero)
-        return f"{base}.weight", CodedTensor((outputs, inputs), coding, stored, scales, zeros, names)
+        return f"{base}.weight", CodedTensor((outputs, inputs), coding, stored, scales, None, (name, scale_name))
 
     def _codes(self, name: str, width: int) -> tuple[int, Kind, int]:
         """Inputs, kind and the code of 0."""
@@ -325,9 +324,9 @@ class _Words(_Format):
         self.bits = self.settings.get("bits", 4)
         self.group_size = self.settings.get("group_size", 128)
 
+    @abstractmethod
     def sizes(self, shape: tuple[int, ...], per_word: int) -> tuple[int, int]:
         """Inputs and outputs of `qweight`."""
-        raise NotImplementedError
 
     def shift(self) -> int:
         return 0

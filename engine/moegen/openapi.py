@@ -6,12 +6,13 @@ FastAPI knows paths and parameters. What bodies are, which refusals there are, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from moegen.job.preflight import Preflight
 from moegen.spec import JobSpec, JobState
 
 _REFUSALS = {
@@ -58,17 +59,6 @@ class JobList:
     """All jobs, oldest first."""
 
     jobs: list[JobView]
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What was found out about a job before any device time."""
-
-    fingerprint: str
-    files: int
-    size_bytes: int
-    output: Literal["free", "ours", "other"]
-    output_detail: str | None
 
 
 @dataclass(frozen=True)

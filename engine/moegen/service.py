@@ -28,7 +28,7 @@ from moegen.errors import InputError, MoegenError, SpecError, StorageError
 from moegen.job import records
 from moegen.job.allowed import AllowedUris
 from moegen.job.inbox import Inbox, TableConflict, TableTooLarge
-from moegen.job.preflight import preflight
+from moegen.job.preflight import Preflight, preflight
 from moegen.job.records import KeyConflict, Record
 from moegen.job.results import result_lines
 from moegen.job.runner import Supervisor
@@ -39,7 +39,6 @@ from moegen.openapi import (
     Health,
     JobList,
     JobView,
-    Preflight,
     TableUris,
     answers,
     created,

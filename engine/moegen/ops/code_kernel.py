@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from moegen.ops.expert_kernel import _TILE_ROWS, PANEL, _tile
+from moegen.ops.expert_kernel import _TILE_ROWS, PANEL, _tile, own_panels
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.vector_ir import I8, I32, LANES, V16, V32, VF, as_floats, at, i64, load, splat, store, v32, vf
 from moegen.ops.weight_codes import AWQ_SHIFTS, HALF_FACTOR
@@ -222,10 +222,7 @@ def grouped_codes(  # type: ignore[no-untyped-def]
         for expert in range(experts):
             first = starts_E1[expert]
             rows = starts_E1[expert + 1] - first
-            if rows == 0 or work_to <= first * panels or work_from >= (first + rows) * panels:
-                continue
-            panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
-            panel_to = min((work_to - first * panels + rows - 1) // rows, panels)
+            panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
             for block in range(first, first + rows, ROW_BLOCK):
                 block_rows = min(first + rows - block, ROW_BLOCK)
                 tiles = (block_rows + _TILE_ROWS - 1) // _TILE_ROWS

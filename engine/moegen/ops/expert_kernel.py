@@ -25,7 +25,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.vector_ir import I64, LANES, LINE_BYTES, V32, VF, call, halves, i64, prefetch, splat, vf
@@ -207,11 +207,18 @@ def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # 
             for expert in range(experts):
                 first = starts_E1[expert]
                 rows = starts_E1[expert + 1] - first
-                if rows == 0 or work_to <= first * panels or work_from >= (first + rows) * panels:
-                    continue
-                panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
-                panel_to = min((work_to - first * panels + rows - 1) // rows, panels)
+                panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
                 _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, out_SO)
+
+
+@register_jitable
+def own_panels(first, rows, panels, work_from, work_to):  # type: ignore[no-untyped-def]
+    """Which panels of an expert, whose rows begin at `first`, a share of the work has; the first is not below the
+    second where it has none."""
+    if rows == 0:
+        return 0, 0
+    panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
+    return panel_from, min((work_to - first * panels + rows - 1) // rows, panels)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")

@@ -27,6 +27,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
+from moegen.ops.decode_kernel import PIECE_TOKENS, cut, flip
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import numba_threads
 from moegen.ops.vector_ir import as_floats, i64, nbytes, store
@@ -45,15 +46,13 @@ from moegen.ops.vectors import (
     scale,
     soften,
     take_number,
-    transpose,
     widen,
 )
-from moegen.schedule.step import DecodeSpans, Ints
+from moegen.schedule.step import DecodeSpans
 
 if TYPE_CHECKING:
     from moegen.ops.attention import AttentionRule
 
-_PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
 _BLOCK_HEADS = 8 * MAX_ROWS  # that one task works on: their queries and answers share a core's second-level cache
 _FLOAT = 4  # bytes
 _TABLE_ENTRIES = (DEPTH + 3 + 7) // 8 * 8  # addresses that a thread keeps, up to whole cache lines
@@ -109,8 +108,7 @@ def latent_decode(
     Of scaling and window alone: no family gives latent attention sinks or a soft cap, and the seam refuses them.
     """
     heads, rank, page_tokens = query_SHW.shape[1], out_SHR.shape[2], keys_P1CW.shape[2]
-    begins = np.maximum(spans.kv_lengths - rule.sliding_window, 0) if rule.sliding_window else 0 * spans.kv_lengths
-    first_pieces = _first_pieces(begins, spans.kv_lengths, page_tokens)
+    begins, first_pieces = cut(spans, rule, page_tokens)
     blocks = -(-heads // _BLOCK_HEADS)
     tasks, block_heads = first_pieces[-1] * blocks, -(-heads // blocks)
     own_SHR = torch.empty(len(spans.rows), heads, rank)
@@ -134,14 +132,6 @@ def latent_decode(
             own_SHR.numpy(),
         )
     out_SHR[torch.from_numpy(spans.rows)] = own_SHR.to(out_SHR.dtype)
-
-
-def _first_pieces(begins: Ints, lengths: Ints, page_tokens: int) -> Ints:
-    """`[S + 1]`: span s is pieces `[s]` to `[s + 1]`, cut from the first page that its query sees."""
-    pages = -(-lengths // page_tokens) - begins // page_tokens
-    first_pieces = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(-(-pages // max(_PIECE_TOKENS // page_tokens, 1)), out=first_pieces[1:])
-    return first_pieces
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
@@ -177,7 +167,7 @@ def _work(  # type: ignore[no-untyped-def]
     own = scores + block_heads * X_STRIDE * _FLOAT
     shrink = own + depths * block_heads * X_STRIDE * _FLOAT
     scratch = _Scratch(own, flipped, panel, scores, shrink, table, table + 8 * (DEPTH + 1))
-    piece_pages = max(_PIECE_TOKENS // page_tokens, 1)
+    piece_pages = max(PIECE_TOKENS // page_tokens, 1)
     while True:
         task = take_number(counters.ctypes.data)
         if task >= accs.shape[0]:
@@ -270,7 +260,7 @@ def _attend(kind, shape, scratch, piece, pages, page_ids, state):  # type: ignor
 @_jit
 def _score(kind, shape, scratch, key, tokens, column, ahead):  # type: ignore[no-untyped-def]
     """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c; prefetches as many keys at `ahead`."""
-    _flip(kind, shape, key, tokens, scratch.flipped)
+    flip(kind, shape.width, shape.size, key, tokens, scratch.flipped)
     for d in range(0, shape.width, DEPTH):
         depth = min(DEPTH, shape.width - d)
         put(scratch.panels, scratch.flipped + d * BLOCK * _FLOAT)
@@ -282,23 +272,6 @@ def _score(kind, shape, scratch, key, tokens, column, ahead):  # type: ignore[no
                 scratch.panels, depth, 0, BLOCK, scratch.panels + 8, 0, BLOCK * shape.size,
                 scratch.scores + (r * X_STRIDE + column) * _FLOAT, X_STRIDE,
             )  # fmt: skip
-
-
-@_jit
-def _flip(kind, shape, key, tokens, flipped):  # type: ignore[no-untyped-def]
-    """`flipped[d, c] = key[min(c, tokens - 1), d]` for BLOCK columns c (or garbage in columns >= tokens)."""
-    dim, size = shape.width, shape.size
-    words = LANES if size == _FLOAT else 2 * LANES
-    whole = dim - dim % words
-    for half in range(2):
-        first = min(half * LANES, tokens - 1)
-        last = min(tokens - 1 - first, LANES - 1)
-        for d in range(0, whole, words):
-            source, to = key + (first * dim + d) * size, flipped + (d * BLOCK + half * LANES) * _FLOAT
-            transpose(kind, source, dim, last, to, BLOCK)
-    for d in range(whole, dim):
-        for c in range(tokens):
-            widen(kind, key + (c * dim + d) * size, flipped + (d * BLOCK + c) * _FLOAT)
 
 
 @_jit

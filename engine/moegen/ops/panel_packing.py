@@ -20,23 +20,9 @@ from numba.extending import intrinsic
 
 from moegen.ops.expert_kernel import BFLOAT16_BITS, PANEL, panel_places
 from moegen.ops.kernel_cache import lock_kernel_cache
-from moegen.ops.vector_ir import I64, LANES, V16, V32, at, i64, load, store, v32
+from moegen.ops.vector_ir import I64, LANES, V16, V32, at, i64, load, store, transposed, v32
 
 lock_kernel_cache()
-
-
-def _turned(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
-    """A square of words, transposed: blocks of half the width change places, then blocks within them."""
-    rows, distance = list(rows), LANES // 2
-    while distance:
-        upper = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
-        lower = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
-        for r in range(LANES):
-            if not r & distance:
-                pair = rows[r], rows[r + distance]
-                rows[r], rows[r + distance] = (b.shuffle_vector(*pair, v32(lanes)) for lanes in (upper, lower))
-        distance //= 2
-    return rows
 
 
 @intrinsic
@@ -66,7 +52,7 @@ def _place_square(typing: Any, panel: Any, rows: Any, first_row: Any, first_inpu
             ]
 
         for first in range(0, PANEL * width // 4, LANES):
-            for i, vector in enumerate(_turned(b, words(first))):
+            for i, vector in enumerate(transposed(b, words(first))):
                 store(b, vector, b.add(target, i64(i * PANEL * width + first * 4)))
         return context.get_dummy_value()
 
