@@ -3,9 +3,10 @@
 The roofline of a case is min(DRAM read bandwidth, multiply-add rate / FLOPs per byte of keys and values); both rates
 are measured in the same run, between the rounds. torch's SDPA gets the same values laid out contiguously per sequence
 (no pages), once with `enable_gqa` and once with the query heads of a group as query rows of one KV head. Every round
-takes another layer's pages, so that none is in cache. The answers are compared before anything is timed.
+takes another layer's pages, so that none is in cache. The answers are compared before anything is timed. The same
+values as int8 codes are timed beside them: what is compared is keys and values per second, not bytes.
 
-    python benchmarks/attention_cpu.py [--rounds 7] [--quick]
+    python benchmarks/attention_cpu.py [--rounds 7] [--heads 32 --head-dim 128] [--no-sdpa] [--quick]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from moegen.memory.kv_pool import KVPool, KVShape
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.host_memory import keep_freed_memory
+from moegen.ops.kv_pages import CodedPages, LayerPages
 from moegen.plan.machine import Machine
 from moegen.schedule.step import AttentionBatch, Span
 
@@ -79,12 +82,13 @@ class Work:
         for pages in self.layers:
             _fill(pages.keys_PGCD)
             _fill(pages.values_PGCD)
+        self.coded = [_coded(pages) for pages in self.layers]
         self.query_SHD = torch.randn(case.sequences, case.heads, case.head_dim)
         self.rule = AttentionRule(case.head_dim**-0.5)
 
-    def ours(self, layer: int) -> torch.Tensor:
+    def ours(self, pages: LayerPages) -> torch.Tensor:
         """`[S, H, D]`, from the pages."""
-        return paged_attention(self.query_SHD, self.layers[layer], self.batch, self.rule)
+        return paged_attention(self.query_SHD, pages, self.batch, self.rule)
 
     def laid_out(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`[S, G, L, D]` each, as long as the shortest sequence: SDPA would need padding or a mask for the rest."""
@@ -101,12 +105,20 @@ class Work:
         return out.reshape(self.query_SHD.shape)
 
     def check(self) -> float:
-        """The largest difference of our answers from the torch way's, both from the same bfloat16 pages."""
-        torch_way = paged_attention(self.query_SHD, self.layers[0], self.batch, self.rule, use_kernel=False)
-        error = float((self.ours(0) - torch_way).abs().max())
-        if not error < 1e-5:
-            raise SystemExit(f"{self.case}: the kernel and the torch way differ by {error}")
-        return error
+        """The largest difference of our answers from the torch way's, both from the same pages."""
+        errors = []
+        for pages in (self.layers[0], self.coded[0]):
+            torch_way = paged_attention(self.query_SHD, pages, self.batch, self.rule, use_kernel=False)
+            errors.append(float((self.ours(pages) - torch_way).abs().max()))
+        if not max(errors) < 1e-5:
+            raise SystemExit(f"{self.case}: the kernel and the torch way differ by {errors}")
+        return max(errors)
+
+
+def _coded(pages: LayerPages) -> CodedPages:
+    """The same values in 8 bits, some pages at a time."""
+    parts = [CodedPages.kept(pages, *own) for own in zip(*(t.split(256) for t in pages.tables), strict=True)]  # type: ignore[arg-type]
+    return CodedPages(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _fill(pages: torch.Tensor) -> None:
@@ -122,23 +134,30 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(case: Case, rounds: int) -> dict[str, object]:
+def measure(case: Case, rounds: int, *, sdpa: bool) -> dict[str, object]:
     """All sides of a case, interleaved: rates of every round in bytes or FLOPs per second."""
     work = Work(case)
     error = work.check()
-    laid_out = [work.laid_out(layer) for layer in range(LAYERS)]
-    sdpa_bytes = sum(x.nbytes for x in laid_out[0])
+    laid_out = [work.laid_out(layer) for layer in range(LAYERS)] if sdpa else []
+    sdpa_bytes = sum(x.nbytes for x in laid_out[0]) if sdpa else 0
     block, matrix = torch.ones(DRAM_BYTES // 4), torch.randn(GEMM_SIZE, GEMM_SIZE)
-    rates: dict[str, list[float]] = {"kernel": [], "sdpa_gqa": [], "sdpa_rows": [], "dram": [], "gemm": []}
+    names = ("kernel", "sdpa_gqa", "sdpa_rows", "dram", "gemm", "bfloat16_tokens", "int8_tokens")
+    rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         layer = number % LAYERS
+
+        def by_sdpa(layer: int = layer, *, gqa: bool) -> object:
+            return work.sdpa(*laid_out[layer], gqa=gqa) if sdpa else None
+
         taken = {
             "dram": DRAM_BYTES / seconds(block.sum),
-            "kernel": case.kv_bytes / seconds(lambda layer=layer: work.ours(layer)),
+            "bfloat16_tokens": sum(case.lengths) / seconds(lambda layer=layer: work.ours(work.layers[layer])),
+            "int8_tokens": sum(case.lengths) / seconds(lambda layer=layer: work.ours(work.coded[layer])),
             "gemm": 2 * GEMM_SIZE**3 / seconds(lambda: matrix @ matrix),
-            "sdpa_rows": sdpa_bytes / seconds(lambda layer=layer: work.sdpa(*laid_out[layer], gqa=False)),
-            "sdpa_gqa": sdpa_bytes / seconds(lambda layer=layer: work.sdpa(*laid_out[layer], gqa=True)),
+            "sdpa_rows": sdpa_bytes / seconds(partial(by_sdpa, gqa=False)),
+            "sdpa_gqa": sdpa_bytes / seconds(partial(by_sdpa, gqa=True)),
         }
+        taken["kernel"] = taken["bfloat16_tokens"] * case.kv_bytes / sum(case.lengths)
         if number:  # the first round warms up
             for name, rate in taken.items():
                 rates[name].append(rate)
@@ -154,12 +173,14 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
         "roofline_bytes_per_s": roofline,
         "binds": "dram" if roofline == medians["dram"] else "multiply-add",
         "fraction_of_roofline": medians["kernel"] / roofline,
+        "int8_tokens_over_bfloat16": medians["int8_tokens"] / medians["bfloat16_tokens"],
     }
 
 
 HEADER = (
     ("sequences x tokens", 18), ("heads", 7), ("dim", 5), ("kernel", 8), ("SDPA rows", 11), ("SDPA gqa", 10),
     ("DRAM", 8), ("FMA", 8), ("roofline", 10), ("fraction", 10),
+    ("int8 tokens/s", 15), ("bf16", 7),
 )  # fmt: skip
 
 
@@ -171,20 +192,24 @@ def line(result: dict) -> str:
         f"{case['sequences']:>8} x {case['tokens']:<8}{case['heads']:>6}{case['head_dim']:>5}{giga['kernel']:>8.2f}"
         f"{giga['sdpa_rows']:>11.2f}{giga['sdpa_gqa']:>10.2f}{giga['dram']:>8.2f}{ceiling:>8.2f}"
         f"{result['roofline_bytes_per_s'] / 1e9:>10.2f}{result['fraction_of_roofline']:>10.0%}"
+        f"{medians['int8_tokens'] / 1e6:>14.2f}M{medians['bfloat16_tokens'] / 1e6:>6.2f}M"
     )
 
 
-def cases(page_tokens: int, *, quick: bool) -> list[Case]:
+def cases(page_tokens: int, heads: list[int], head_dims: list[int], *, quick: bool) -> list[Case]:
     if quick:
         return [Case(8, 100, 16, 64, page_tokens)]
-    shapes = [(heads, dim) for heads in (16, 32) for dim in (64, 128)]
-    return [Case(s, t, heads, dim, page_tokens) for s, t in ((256, 300), (16, 8000)) for heads, dim in shapes]
+    shapes = [(count, dim) for count in heads for dim in head_dims]
+    return [Case(s, t, count, dim, page_tokens) for s, t in ((256, 300), (16, 8000)) for count, dim in shapes]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--page-tokens", type=int, default=32)
+    parser.add_argument("--heads", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--no-sdpa", action="store_true", help="without torch's SDPA, whose figures are 0 then")
     parser.add_argument("--quick", action="store_true", help="one small case, to see that everything runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention_cpu.json")
     args = parser.parse_args()
@@ -198,8 +223,8 @@ def main() -> None:
     print("GB/s of keys and values (median); DRAM reads; FMA: fp32 GEMM rate / FLOPs per byte of keys and values")
     print("".join(f"{name:>{width}}" for name, width in HEADER))
     results = []
-    for case in cases(args.page_tokens, quick=args.quick):
-        results.append(measure(case, args.rounds))
+    for case in cases(args.page_tokens, args.heads, args.head_dim, quick=args.quick):
+        results.append(measure(case, args.rounds, sdpa=not args.no_sdpa))
         print(line(results[-1]), flush=True)
     lowest = min(float(result["fraction_of_roofline"]) for result in results)  # type: ignore[arg-type]
     print(f"lowest fraction of the roofline: {lowest:.0%}")

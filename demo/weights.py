@@ -1,4 +1,6 @@
-"""What experts in 8 bits cost the demo's model: its whole table in bfloat16, int8 and fp8, without Airflow.
+"""What 8 bits cost the demo's model: its whole table with experts in bfloat16, int8 and fp8, and with int8 pages.
+
+Without Airflow.
 
 python demo/weights.py
 """
@@ -15,29 +17,30 @@ from moegen.table.manifest import Manifest
 from run import TABLE, accuracy, joined
 
 MODEL = Path(__file__).resolve().parent / "model"
-WEIGHTS = ("as_stored", "int8", "fp8")
+KEPT = (("as_stored", "auto"), ("int8", "auto"), ("fp8", "auto"), ("as_stored", "int8"))  # experts, keys and values
 
 
-def answered(weights: str, output: Path) -> Manifest:
-    """The demo's job (dags/moegen_table.py) with its experts kept so."""
+def answered(weights: str, kv_dtype: str, output: Path) -> Manifest:
+    """The demo's job (dags/moegen_table.py) with its experts, keys and values kept so."""
     job = {
         "input": {"uri": str(TABLE)},
         "prompt": {"column": "text", "chat": True},
         "model": {"uri": str(MODEL), "weights": weights},
         "sampling": {"max_tokens": 32},
         "output": {"uri": str(output)},
+        "engine": {"plan": {"kv_dtype": kv_dtype}},
     }
     return run_job(JobSpec.from_mapping(job))
 
 
 def main() -> int:
     """Prints a line for each; exit code 0."""
-    print("weights    held out     seen  same answers  mean / max logit difference  same token")
+    print("weights    KV     held out     seen  same answers  mean / max logit difference  same token")
     with tempfile.TemporaryDirectory(prefix="moegen-demo-weights-") as name:
         first: list[str | None] = []
-        for weights in WEIGHTS:
-            output = Path(name) / weights
-            manifest = answered(weights, output)
+        for weights, kv_dtype in KEPT:
+            output = Path(name) / f"{weights}-{kv_dtype}"
+            manifest = answered(weights, kv_dtype, output)
             rows = joined(output)
             shares = [accuracy([row for row in rows if row["split"] == split]) for split in ("held_out", "seen")]
             own = [row["output"] for row in rows]
@@ -50,7 +53,7 @@ def main() -> int:
                 if cost
                 else "-"
             )
-            print(f"{weights:9s} {shares[0]:9.4f} {shares[1]:8.4f} {same:13.4f}  {told}", flush=True)
+            print(f"{weights:10s} {kv_dtype:5s} {shares[0]:9.4f} {shares[1]:8.4f} {same:13.4f}  {told}", flush=True)
     return 0
 
 

@@ -15,7 +15,7 @@ from moegen.errors import CheckpointError, InputError, SpecError, UnsupportedMod
 from moegen.state_shape import recurrent_layers, state_per_sequence
 from moegen.storage import describe, join, list_names, open_input, read_bytes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
                  "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -25,6 +25,7 @@ _KV_PROJECTION = re.compile(
 )
 _INDEX_KEY = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.self_attn\.indexer\.wk\.weight")
 _EXPERTS_OF_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(?:experts|block_sparse_moe\.(?:in|out)put_linear)\.")
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _EXPERT_NAMES = (".experts.", ".block_sparse_moe.input_linear", ".block_sparse_moe.output_linear")
 
 
@@ -56,6 +57,7 @@ class ModelShape:
     coded_dense_weights: int = 0  # weights outside the experts that are in few bits on disk: expanded when loaded
     kept_as: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become in memory
     state_per_sequence: int = 0  # of recurrent layers, which keep it beside the keys and values of those that attend
+    windows: tuple[int | None, ...] = ()  # of every layer's attention; empty: none has one, or not all are alike
 
     @classmethod
     def read(cls, model_uri: str) -> ModelShape:
@@ -127,6 +129,7 @@ class ModelShape:
             absorbed_width=_absorbed_width(text),
             key_up_weights=_key_up_weights(text, tensors),
             state_per_sequence=state_per_sequence(text, tensors),
+            windows=_windows(text, tensors),
         )
 
     @property
@@ -349,6 +352,24 @@ def _index_keys(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
     """What sparse attention's indexers keep of a token."""
     found = ((_INDEX_KEY.fullmatch(name), shape[0]) for name, shape in tensors.items())
     return sum(width for match, width in found if match and int(match[1]) < text.num_hidden_layers)
+
+
+def _windows(text: Any, tensors: dict[str, tuple[int, ...]]) -> tuple[int | None, ...]:
+    """Where every layer is of one of the two common kinds, and all keep the same per token."""
+    if recurrent_layers(text, tensors) or getattr(text, "per_layer_config", None):
+        return ()
+    window, longest = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None) or 1 << 30
+    kinds = getattr(text, "layer_types", None) or [_SLIDING] * text.num_hidden_layers
+    alike = len({shape for name, shape in tensors.items() if _is_kv_projection(name, text.num_hidden_layers)}) <= 1
+    if (
+        not alike
+        or type(window) is not int
+        or window >= longest
+        or {*kinds} - {_SLIDING, _FULL}
+        or _SLIDING not in kinds
+    ):
+        return ()
+    return tuple(window if kind == _SLIDING else None for kind in kinds)
 
 
 def _is_kv_projection(name: str, layers: int) -> bool:

@@ -289,10 +289,12 @@ class PlanOverrides:
     kv_home: Literal["device", "host"] = "device"  # on a GPU: which memory has the pages
     share_prefix: bool = True  # what nearly all prompts begin with is computed once, in pages that all rows read
     latent_kv: bool = True  # layers with latent attention keep latents; false: keys and values of all heads
+    free_windows: bool = True  # keys and values outside the windows of their layers are given up
+    kv_dtype: Literal["auto", "int8"] = "auto"  # of pages; auto: the model's. int8 changes answers
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            if item.name in ("kv_home", "latent_kv", "share_prefix"):
+            if item.name in ("kv_home", "latent_kv", "share_prefix", "free_windows", "kv_dtype"):
                 continue
             value, least = getattr(self, item.name), int(item.name not in ("resident_groups", "stream_depth"))
             _require(value is None or value >= least, f"engine.plan.{item.name}", value, f"give {least} or more")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.decode_kernel import kernel_reads
-from moegen.ops.kv_pages import LayerPages
+from moegen.ops.kv_pages import CodedPages, LayerPages
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.sequence import Request, Sequence
 from moegen.schedule.step import AttentionBatch, Chunk, Span, Step
@@ -22,6 +22,13 @@ from moegen.spec import Sampling
 
 KV_HEADS, POOL_TOKENS = 2, 512
 HISTORIES = (0, 1, 5, 16, 40, 63)  # tokens that each sequence has in its pages already
+
+
+def pages_of(keys_PGCD: torch.Tensor, values_PGCD: torch.Tensor) -> LayerPages:
+    """Codes get scales that were not written yet."""
+    if keys_PGCD.dtype != torch.int8:
+        return LayerPages(keys_PGCD, values_PGCD)
+    return CodedPages(keys_PGCD, values_PGCD, *(torch.full(keys_PGCD.shape[:3], 1e4) for _ in range(2)))
 
 
 class Case:
@@ -34,8 +41,8 @@ class Case:
         pages = POOL_TOKENS // page_tokens
         shape = (pages, KV_HEADS, page_tokens)
         # What lies in a page that no token was written to must not matter.
-        stale = (torch.full((*shape, dim), 1e4, dtype=dtype) for dim in (key_dim, value_dim))
-        self.pages = LayerPages(*stale)
+        stale = 1e4 if dtype.is_floating_point else 99
+        self.pages = pages_of(*(torch.full((*shape, dim), stale, dtype=dtype) for dim in (key_dim, value_dim)))
         ledger = PageLedger(pages, page_tokens)
         random.Random(page_tokens).shuffle(ledger._free)
         self.keys: list[torch.Tensor] = []
@@ -44,8 +51,10 @@ class Case:
         for order, history in enumerate(HISTORIES):
             sequence = Sequence(Request(order, (0,), Sampling(max_tokens=1)), order, [0] * (history + chunk))
             assert ledger.grow(sequence.pages, history + chunk)
-            self.keys.append(self._random(history + chunk, KV_HEADS, key_dim).to(dtype))
-            self.values.append(self._random(history + chunk, KV_HEADS, value_dim).to(dtype))
+            new = (self._random(history + chunk, KV_HEADS, dim) for dim in (key_dim, value_dim))
+            kept_keys, kept_values = self.pages.pair(self.pages.kept(*new))
+            self.keys.append(kept_keys)
+            self.values.append(kept_values)
             chunks.append(Chunk(sequence, history, chunk))
             if history:
                 (before,) = Step([Chunk(sequence, 0, history)], page_tokens).attention_batches(history)
@@ -99,7 +108,7 @@ def _rules(case: Case) -> dict[str, AttentionRule]:
 
 
 @pytest.mark.parametrize("chunk", [1, 6], ids=["decode", "prefill"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
 @pytest.mark.parametrize(
     ("ratio", "dims", "page_tokens"),
     [
@@ -121,9 +130,39 @@ def test_three_ways_agree(ratio: int, dims: tuple[int, int], page_tokens: int, d
         expected = case.naive(rule)
         torch_way = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=False)
         kernel = paged_attention(case.query_THD, case.pages, case.batch, rule)
-        # Queries are float32 and pages hold the same values that the naive way reads, so bf16 loses nothing here.
+        # Queries are float32 and pages hold the same values that the naive way reads, so nothing is lost here.
         assert torch.allclose(torch_way, expected, atol=3e-6), name
         assert torch.allclose(kernel, expected, atol=3e-6), name
+
+
+def test_codes_are_off_by_half_a_scale_at_most() -> None:
+    """And the largest magnitude of a token and KV head is kept as it is."""
+    pages = pages_of(*(torch.zeros(1, 2, 4, 24, dtype=torch.int8) for _ in range(2)))
+    rows_TGD = torch.randn(50, 2, 24) * torch.logspace(-12, 12, 50)[:, None, None]
+    rows_TGD[7] = 0
+    key_codes, value_codes, key_scales_TG, value_scales_TG = pages.kept(rows_TGD, -rows_TGD)
+    assert torch.equal(key_codes, -value_codes)
+    assert torch.equal(key_scales_TG, value_scales_TG)
+    assert torch.allclose(key_scales_TG, rows_TGD.abs().amax(-1) / 127, rtol=1e-6, atol=0)
+    assert key_codes.abs().amax(-1).tolist() == [[127 if token != 7 else 0] * 2 for token in range(50)]
+    keys_TGD, values_TGD = pages.pair(pages.kept(rows_TGD, -rows_TGD))
+    assert torch.equal(keys_TGD, -values_TGD)
+    assert bool(((keys_TGD - rows_TGD).abs() <= 0.5001 * key_scales_TG[..., None]).all())
+    assert pages.pair(pages.kept(torch.full((1, 2, 24), torch.inf), rows_TGD[:1]))[0].isnan().all()
+
+
+def test_codes_do_not_know_how_a_prompt_was_cut() -> None:
+    new = torch.randn(2, 37, KV_HEADS, 16)
+    tables = []
+    for attention_tokens in (1, 5, 16, 37):
+        pages = pages_of(*(torch.zeros(10, KV_HEADS, 4, 16, dtype=torch.int8) for _ in range(2)))
+        sequence = Sequence(Request(0, (0,), Sampling(max_tokens=1)), 0, [0] * 37, pages=[list(range(9, -1, -1))])
+        for batch in Step([Chunk(sequence, 0, 37)], 4).attention_batches(attention_tokens):
+            own = slice(batch.first, batch.first + batch.length)
+            pages.write(new[0, own], new[1, own], batch)
+        tables.append(pages.tables)
+    assert all(torch.equal(*pair) for other in tables[1:] for pair in zip(tables[0], other, strict=True))
+    assert tables[0][0].count_nonzero() > 500
 
 
 def test_float16_pages_take_the_torch_way() -> None:
@@ -180,7 +219,11 @@ class LongCase:
             Span(i, 1, n, [order.pop() for _ in range(p)]) for i, (n, p) in enumerate(zip(LENGTHS, pages, strict=True))
         ]
         shape = (sum(pages), KV_HEADS, page_tokens, dim)
-        self.pages = LayerPages(*(torch.randn(shape, generator=generator).to(dtype) for _ in range(2)))
+        self.pages = LayerPages(*(torch.randn(shape, generator=generator) for _ in range(2)))
+        if dtype == torch.int8:
+            self.pages = CodedPages(*CodedPages.kept(self.pages, *self.pages.tables))
+        else:
+            self.pages = LayerPages(*(table.to(dtype) for table in self.pages.tables))
         # Sharp enough that single keys of any page carry weight.
         self.query_THD = 3 * torch.randn(len(LENGTHS), heads, dim, generator=generator)
         self.batch = self.of(*spans)
@@ -209,7 +252,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("page_tokens", [16, 32, 48, 256])
 def test_pieces_of_long_sequences_make_the_whole(page_tokens: int, dtype: torch.dtype) -> None:
     case = LongCase(page_tokens, dtype)
@@ -218,9 +261,10 @@ def test_pieces_of_long_sequences_make_the_whole(page_tokens: int, dtype: torch.
         assert torch.allclose(case.kernel(rule), torch_way, atol=1e-5), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
 @pytest.mark.usefixtures("_threads")
-def test_neither_threads_nor_company_change_a_bit() -> None:
-    case = LongCase(32, torch.bfloat16)
+def test_neither_threads_nor_company_change_a_bit(dtype: torch.dtype) -> None:
+    case = LongCase(32, dtype)
     for name, rule in case.rules.items():
         torch.set_num_threads(1)
         one_thread = case.kernel(rule)
@@ -260,10 +304,11 @@ llvmlite.binding.get_host_cpu_features = lambda: type(features)(kept)
 from moegen.ops import vectors
 assert vectors.LANES == int(sys.argv[1]), vectors.LANES
 from tests.engine.test_attention import LongCase, paged_attention, torch
-case = LongCase(32, torch.bfloat16, heads=14, dim=44)
-for rule in case.rules.values():
-    torch_way = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=False)
-    assert torch.allclose(case.kernel(rule), torch_way, atol=1e-5)
+for dtype in (torch.bfloat16, torch.int8):
+    case = LongCase(32, dtype, heads=14, dim=44)
+    for rule in case.rules.values():
+        torch_way = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=False)
+        assert torch.allclose(case.kernel(rule), torch_way, atol=1e-5)
 """
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 import transformers
 from moegen.errors import BudgetError, UnsupportedModel
-from moegen.memory.kv_pool import KVPool
+from moegen.memory.kv_pool import KVPool, groups_of
 from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
 from moegen.model.stages import StagedLayer
 from moegen.model.tiny import decoder_layers, layers_of_every_kind, tiny_config
 from moegen.ops.attention import AttentionRule
 from moegen.ops.kv_pages import LayerPages
+from moegen.plan.footprint import Footprint
 from moegen.row import Status
 from moegen.run.certify import certify, engine_model, logit_difference, tiny_reference
 from moegen.run.engine import Engine
@@ -109,6 +110,10 @@ def test_family_is_equal_or_refused(family: str) -> None:
     shape = ModelShape.of(config, shapes)
     assert (shape.latent_kv_per_token or shape.kv_per_token) == _kv_per_token(engine.host)
     assert 4 * shape.state_per_sequence == sum(kept.nbytes for kept in engine.host.state_shapes.values())
+    if shape.windows:
+        assert shape.windows == tuple(kept.window for kept in engine.host.kv_shapes.values())
+        groups = Footprint(shape, "float32", "float32", "float32").layer_groups
+        assert groups == groups_of(engine.host.kv_shapes.values())
     prompts = prompts_of(config.get_text_config().vocab_size)
     requests = [Request(row, tuple(p), Sampling(max_tokens=ANSWER_TOKENS)) for row, p in enumerate(prompts)]
     finished, _ = run(engine, requests)

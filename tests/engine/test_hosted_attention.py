@@ -83,7 +83,9 @@ def hosted(case: Case, on_host: float, rule: AttentionRule) -> torch.Tensor:
 
 @pytest.mark.parametrize("on_host", SHARES)
 @pytest.mark.parametrize("chunk", [1, 6], ids=["decode", "prefill"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=["fp32", "bf16", "fp16", "int8"]
+)
 @pytest.mark.parametrize(("ratio", "dims", "page_tokens"), SHAPES, ids=str)
 def test_hosted_is_paged(
     ratio: int, dims: tuple[int, int], page_tokens: int, dtype: torch.dtype, chunk: int, on_host: float

@@ -66,7 +66,7 @@ def _load(sequences: float, *, prompt: int = 0, context: float = 0) -> Load:
 
 def _decode(answer: int, *, split: bool) -> tuple[float, PassTime]:
     """(generated tokens/s, the mean pass) with the host's memory full of KV."""
-    sequences = (HOST_BYTES - MIXTRAL.weights * 2) / (BF16.page(1) * (PROMPT + answer))
+    sequences = (HOST_BYTES - MIXTRAL.weights * 2) / (BF16.kv_token * (PROMPT + answer))
     load = _load(sequences, context=PROMPT + answer / 2)
     plan = PLAN
     if split:

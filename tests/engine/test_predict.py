@@ -135,7 +135,7 @@ def test_the_outlook_says_what_another_gibibyte_gives():
     assert f"{found.prediction.binding} binds" in text
     assert f"host {found.host_gib_tokens_per_s:+,.1f}" in text
     assert found.few_bits_tokens_per_s is not None
-    kept, eight, four = found.few_bits_tokens_per_s.values()
+    kept, eight, four, _ = found.few_bits_tokens_per_s.values()
     assert 0 < kept <= eight < four, "half of the bytes in memory; on disk too; a quarter"
     assert f"model.weights int8 {kept:+,.1f}, a checkpoint in 8 bits {eight:+,.1f}" in text
     mapping = found.to_mapping()

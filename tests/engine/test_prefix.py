@@ -16,7 +16,7 @@ from moegen.plan.predict import simulate
 from moegen.plan.workload import Workload
 from moegen.run.engine import Engine
 from moegen.run.stats import PassReport
-from moegen.schedule.pages import PageLedger
+from moegen.schedule.pages import PageLedger, Windows
 from moegen.schedule.scheduler import Scheduler
 from moegen.schedule.sequence import Finished, Request
 from moegen.spec import Sampling
@@ -171,30 +171,34 @@ def test_more_rows_run_at_once() -> None:
     assert list(tokens.values()) == [64 * (97 + 7), 96 + 64 * (1 + 7)]
 
 
+@pytest.mark.parametrize("windows", [(None,), (4,), (None, 6), (None, 3, 3)], ids=str)
 @pytest.mark.parametrize("seed", range(30))
-def test_random_loads_end_and_nobody_writes_to_a_shared_page(seed: int) -> None:
+def test_random_loads_end_and_nobody_writes_to_a_shared_page(seed: int, windows: Windows) -> None:
     dice = random.Random(seed)
-    page_tokens, pages = dice.choice([1, 2, 4]), dice.randint(8, 40)
-    common = tuple(range(dice.randint(1, pages * page_tokens)))
+    page_tokens, pages = dice.choice([1, 2, 4]), dice.randint(8, 40) * len(windows)
+    common = tuple(range(dice.randint(1, pages * page_tokens // len(windows))))
     asked = []
     for row in range(dice.randint(1, 50)):
         beginning = common if dice.random() < 0.7 else tuple(-1 - token for token in common[: dice.randint(0, 9)])
         own = (1000 + row,) * dice.randint(1, 12)
         asked.append(Request(row, beginning + own, Sampling(max_tokens=dice.randint(1, 12))))
-    ledger = PageLedger(pages, page_tokens)
-    level, window = dice.choice([None, 1, 8]), dice.choice([1, 3, 100])
-    scheduler = Scheduler(asked, ledger, dice.randint(1, 40), level, window, common)
-    written: dict[tuple[int, int], int] = {}  # (page, slot) -> the token whose key and value are there
+    level, at_once, pass_tokens = dice.choice([None, 1, 8]), dice.choice([1, 3, 100]), dice.randint(1, 40)
+    ledger = PageLedger(pages, page_tokens, windows, pass_tokens)
+    scheduler = Scheduler(asked, ledger, pass_tokens, level, at_once, common)
+    written: dict[tuple[int, int], tuple[int, int]] = {}  # (page, slot) -> the token whose key and value are there
     ended = set()
     while (step := scheduler.next_step()) is not None:
         for chunk in step.chunks:  # in the order in which attention writes and reads
             sequence = chunk.sequence
             for position in range(chunk.start, chunk.start + chunk.length):
                 page, slot = divmod(position, page_tokens)
-                written[sequence.pages[page], slot] = sequence.tokens[position]
-            for position, token in enumerate(sequence.tokens[: chunk.start + chunk.length]):
-                page, slot = divmod(position, page_tokens)
-                assert written[sequence.pages[page], slot] == token
+                for group, own in enumerate(sequence.pages):
+                    written[own[page], slot] = group, sequence.tokens[position]
+            for group, (own, window) in enumerate(zip(sequence.pages, windows, strict=True)):
+                first = 0 if window is None else max(chunk.start - window + 1, 0)
+                for position in range(first, chunk.start + chunk.length):
+                    page, slot = divmod(position, page_tokens)
+                    assert written[own[page], slot] == (group, sequence.tokens[position])
             sequence.computed += chunk.length
         for sequence in step.sampled:
             sequence.tokens.append(5000 + sequence.request.row_index)
@@ -203,7 +207,8 @@ def test_random_loads_end_and_nobody_writes_to_a_shared_page(seed: int) -> None:
                 scheduler.end(sequence)
     refused = {one.row_index for one in scheduler.refused}
     assert ended | refused == set(range(len(asked)))
-    assert refused == {r.row_index for r in asked if len(r.token_ids) + r.params.max_tokens > pages * page_tokens}
+    tokens = {r.row_index: len(r.token_ids) + r.params.max_tokens for r in asked}
+    assert refused == {row for row, count in tokens.items() if ledger.most_pages(count) > pages}
     assert sorted(ledger._free) == list(range(pages))
 
 

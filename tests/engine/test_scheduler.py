@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from moegen.row import Status
-from moegen.schedule.pages import PageLedger
+from moegen.schedule.pages import GIVEN_BACK, PageLedger, Windows, layer_groups
 from moegen.schedule.scheduler import Scheduler
 from moegen.schedule.sequence import Finished, Request, Sequence
 from moegen.schedule.step import Chunk, Step
@@ -24,15 +24,18 @@ def _requests(dice: random.Random, rows: int, longest: int) -> list[Request]:
 class Load:
     """Drives a scheduler to its end, checking every pass; a token is its position, an answer may end early."""
 
-    def __init__(self, seed: int, *, rows: int, longest: int, pages: int, page_tokens: int, pass_tokens: int) -> None:
+    def __init__(
+        self, seed: int, *, rows: int, longest: int, pages: int, page_tokens: int, pass_tokens: int,
+        windows: Windows = (None,),
+    ) -> None:  # fmt: skip
         self.dice = random.Random(seed)
         self.requests = _requests(self.dice, rows, longest)
-        self.ledger = PageLedger(pages, page_tokens)
+        self.ledger = PageLedger(pages, page_tokens, windows, pass_tokens)
         level_tokens, window = self.dice.choice([None, 1, 8, 20]), self.dice.choice([1, 2, 8, 100])
         self.scheduler = Scheduler(self.requests, self.ledger, pass_tokens, level_tokens, window)
         self.finished: dict[int, int] = {}
         self.refused: list[Finished] = []
-        self.kept: dict[tuple[int, int], tuple[int, int]] = {}  # (page, slot) -> (row, position) last written there
+        self.kept: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, slot) -> (row, group, position) last there
         self.passes = self.computed = 0
 
     def run(self) -> None:
@@ -59,12 +62,17 @@ class Load:
 
     def _check(self, step: Step) -> None:
         assert 0 < step.tokens <= self.scheduler.pass_tokens
-        held = [page for s in self.scheduler.running for page in s.pages]
+        held = [page for s in self.scheduler.running for own in s.pages for page in own if page != GIVEN_BACK]
         assert len(held) == len(set(held)) == self.ledger.pages - self.ledger.free
         for chunk in step.chunks:
             sequence = chunk.sequence
             assert chunk.start == sequence.computed
-            assert chunk.start + chunk.length <= len(sequence.tokens) <= len(sequence.pages) * self.ledger.page_tokens
+            end = chunk.start + chunk.length
+            assert end <= len(sequence.tokens)
+            for own, window in zip(sequence.pages, self.ledger.windows, strict=True):
+                first = 0 if window is None else max(chunk.start - window + 1, 0)
+                assert GIVEN_BACK not in own[first // self.ledger.page_tokens :]
+                assert (end if window else len(sequence.tokens)) <= len(own) * self.ledger.page_tokens
         orders = [s.order for s in self.scheduler.running]
         assert orders == sorted(orders)
         for size in (1, 3, step.tokens):
@@ -75,7 +83,8 @@ class Load:
         assert [b.first for b in batches] == list(np.cumsum([0, *(b.length for b in batches)])[:-1])
         assert sum(b.length for b in batches) == step.tokens
         assert all(b.length <= size for b in batches)
-        for batch in batches:
+        assert all(len(batch.others) == len(self.ledger.windows) - 1 for batch in batches)
+        for batch in [own.of_group(group) for own in batches for group in range(len(self.ledger.windows))]:
             for span in batch.spans:
                 positions = step.positions[batch.first + span.first :][: span.length]
                 assert positions[-1] + 1 == span.kv_length
@@ -88,13 +97,16 @@ class Load:
         for chunk in step.chunks:
             sequence = chunk.sequence
             row = sequence.request.row_index
-            for position in range(chunk.start, chunk.start + chunk.length):
-                page, slot = divmod(position, self.ledger.page_tokens)
-                self.kept[sequence.pages[page], slot] = row, position
+            for group, own in enumerate(sequence.pages):
+                for position in range(chunk.start, chunk.start + chunk.length):
+                    page, slot = divmod(position, self.ledger.page_tokens)
+                    self.kept[own[page], slot] = row, group, position
             sequence.computed += chunk.length
-            for position in range(sequence.computed):  # everything that attention read is still its own
-                page, slot = divmod(position, self.ledger.page_tokens)
-                assert self.kept[sequence.pages[page], slot] == (row, position)
+            for group, (own, window) in enumerate(zip(sequence.pages, self.ledger.windows, strict=True)):
+                first = 0 if window is None else max(chunk.start - window + 1, 0)
+                for position in range(first, sequence.computed):  # everything that attention read is still its own
+                    page, slot = divmod(position, self.ledger.page_tokens)
+                    assert self.kept[own[page], slot] == (row, group, position)
         for sequence in step.sampled:
             sequence.tokens.append(len(sequence.tokens))
             if len(sequence.answer) == sequence.request.params.max_tokens or self.dice.random() < 0.02:
@@ -103,16 +115,27 @@ class Load:
                 self.scheduler.end(sequence)
 
 
+@pytest.mark.parametrize("windows", [(None,), (5,), (None, 3), (None, 7, 7), (2, 9)], ids=str)
 @pytest.mark.parametrize("seed", range(40))
-def test_random_load(seed: int) -> None:
+def test_random_load(seed: int, windows: Windows) -> None:
     dice = random.Random(1000 + seed)
-    pages, page_tokens = dice.randint(2, 40), dice.choice([1, 2, 4, 16])
+    pages, page_tokens = dice.randint(2, 40) * len(windows), dice.choice([1, 2, 4, 16])
+    pass_tokens = dice.randint(1, 50)
     load = Load(seed, rows=dice.randint(1, 60), longest=dice.randint(1, 60), pages=pages, page_tokens=page_tokens,
-                pass_tokens=dice.randint(1, 50))  # fmt: skip
+                pass_tokens=pass_tokens, windows=windows)  # fmt: skip
     load.run()
     too_long = {r.row_index for r in load.refused}
     need = {r.row_index: len(r.token_ids) + r.params.max_tokens for r in load.requests}
-    assert too_long == {row for row, tokens in need.items() if tokens > pages * page_tokens}
+
+    def most(tokens: int) -> int:
+        """Pages of a row that runs alone, where a pass may begin and end anywhere in a page."""
+        seen = [tokens if window is None else min(tokens, window - 1 + pass_tokens) for window in windows]
+        whole = -(-tokens // page_tokens)
+        return sum(min(-(-own // page_tokens) + (own < tokens), whole) for own in seen)
+
+    assert too_long == {row for row, tokens in need.items() if most(tokens) > pages}
+    alone = {row for row, tokens in need.items() if tokens == load.ledger.capacity_tokens}
+    assert not too_long & alone
     assert all(r.status is Status.TOO_LONG for r in load.refused)
     assert load.finished.keys() | too_long == need.keys()
     # Work is bounded: a row is computed again only when it was preempted for an older one's page.
@@ -234,9 +257,9 @@ def test_no_requests_no_pass() -> None:
 
 def test_a_step_samples_where_a_sequence_is_complete() -> None:
     params = Sampling(max_tokens=9)
-    whole = Sequence(Request(0, (5, 6, 7), params), 0, [5, 6, 7], 0, [0])
-    cut = Sequence(Request(1, tuple(range(10, 30)), params), 1, list(range(10, 30)), 4, [1, 2, 3, 4, 5])
-    decode = Sequence(Request(2, (1, 2), params), 2, [1, 2, 3], 2, [6])
+    whole = Sequence(Request(0, (5, 6, 7), params), 0, [5, 6, 7], 0, [[0]])
+    cut = Sequence(Request(1, tuple(range(10, 30)), params), 1, list(range(10, 30)), 4, [[1, 2, 3, 4, 5]])
+    decode = Sequence(Request(2, (1, 2), params), 2, [1, 2, 3], 2, [[6]])
     step = Step([Chunk(decode, 2, 1), Chunk(whole, 0, 3), Chunk(cut, 4, 5)], 4)
     assert step.token_ids.tolist() == [3, 5, 6, 7, 14, 15, 16, 17, 18]
     assert step.positions.tolist() == [2, 0, 1, 2, 4, 5, 6, 7, 8]
@@ -245,11 +268,60 @@ def test_a_step_samples_where_a_sequence_is_complete() -> None:
     assert (step.tokens, step.decode_tokens) == (9, 1)
 
 
+def test_layers_with_one_window_make_groups_of_the_rarest_ones_size() -> None:
+    """But not many groups: each costs time in every pass."""
+
+    def sizes(*windows: int | None) -> list[tuple[int | None, int]]:
+        groups = layer_groups(windows)
+        assert sorted(layer for group in groups for layer in group.layers) == list(range(len(windows)))
+        assert all(windows[layer] == group.window for group in groups for layer in group.layers)
+        return [(group.window, len(group.layers)) for group in groups]
+
+    assert sizes() == [(None, 0)]
+    assert sizes(None, None, None) == [(None, 3)]
+    assert sizes(8, 8) == [(8, 2)]
+    assert sizes(*[128, None] * 18) == [(None, 18), (128, 18)]
+    assert sizes(*[512] * 5, None, *[512] * 5, None) == [(None, 2), *[(512, 2)] * 5]
+    assert sizes(*[4] * 7, None, 9) == [(None, 1), *[(4, 2)] * 3, (4, 1), (9, 1)]
+
+
+def test_a_window_bounds_what_a_sequence_holds() -> None:
+    """However long it gets: so more of them run at once, and each may be longer than the pool."""
+    asked = [Request(row, tuple(range(8)), Sampling(max_tokens=200)) for row in range(12)]
+    most: dict[Windows, int] = {}
+    for windows in ((None, None), (None, 16), (16, 16)):
+        ledger = PageLedger(120, 4, windows, 12)
+        scheduler = Scheduler(asked, ledger, 12)
+        longest = running = 0
+        while (step := scheduler.next_step()) is not None:
+            held = [[sum(page != GIVEN_BACK for page in own) for own in s.pages] for s in scheduler.running]
+            assert all(own[i] <= 8 for own in held for i, window in enumerate(windows) if window), (
+                "15 + 12 tokens, from anywhere in a page"
+            )
+            longest = max(longest, *(len(s.tokens) for s in scheduler.running))
+            running = max(running, sum(len(s.tokens) > 150 for s in scheduler.running))
+            for chunk in step.chunks:
+                chunk.sequence.computed += chunk.length
+            for sequence in step.sampled:
+                sequence.tokens.append(0)
+                if len(sequence.answer) == 200:
+                    scheduler.end(sequence)
+        assert longest == 207
+        assert ledger.free == 120
+        most[windows] = running
+    assert most[None, None] <= 2
+    assert most[None, 16] in (2, 3)
+    assert most[16, 16] == 12
+    assert PageLedger(120, 4, (None, 16), 12).capacity_tokens == (120 - 8) * 4
+    assert PageLedger(120, 4, (16, 16), 12).capacity_tokens > 1 << 27
+    assert PageLedger(15, 4, (16, 16), 12).capacity_tokens == 7 * 4
+
+
 def test_ledger_lends_all_or_nothing() -> None:
     ledger, held = PageLedger(3, 4), []
     assert ledger.grow(held, 5)
-    assert len(held) == 2
+    assert [len(own) for own in held] == [2]
     assert not ledger.grow(held, 17)
-    assert (len(held), ledger.free) == (2, 1)
+    assert ([len(own) for own in held], ledger.free) == ([2], 1)
     ledger.give_back(held)
     assert (held, ledger.free, ledger.capacity_tokens) == ([], 3, 12)

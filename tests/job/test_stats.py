@@ -60,7 +60,7 @@ def report_of(generated: int = 1, seconds: float = 0.5, **measured: Any) -> Pass
 
 def sequence(prompt: int, answered: int, computed: int) -> Sequence:
     request = Request(0, (1,) * prompt, Sampling(max_tokens=9))
-    return Sequence(request, 0, [1] * (prompt + answered), computed, pages=[0, 1])
+    return Sequence(request, 0, [1] * (prompt + answered), computed, pages=[[0, 1]])
 
 
 def test_a_pass_is_counted_where_it_happens() -> None:

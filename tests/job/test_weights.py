@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ def test_the_manifest_says_what_8_bits_cost(weights: str, model: Path, table: Pa
     assert cost["mean_logit_difference"] < cost["max_logit_difference"]  # a token may meet other experts
     assert 0.8 < cost["same_token"] <= 1
     assert Manifest.from_mapping(json.loads((tmp_path / "out" / "_manifest.json").read_text())) == manifest
+
+
+def test_the_manifest_says_what_int8_pages_cost(model: Path, table: Path, tmp_path: Path) -> None:
+    spec = job(model, table, tmp_path / "out", "as_stored", plan={"kv_dtype": "int8"})
+    spec = replace(spec, job=replace(spec.job, key="night"))
+    cost = run_job(spec).weights
+    assert cost is not None
+    assert (cost["weights"], cost["kv_dtype"], cost["prompts"]) == ("as_stored", "int8", 16)
+    assert 0 < cost["mean_logit_difference"] < 0.05 * cost["max_logit"]
+    (attempt,) = json.loads((tmp_path / "out" / "_stats.json").read_text())["attempts"]
+    assert attempt["plan"]["kv_dtype"] == "int8"
+    exact = replace(spec, engine=replace(spec.engine, plan=replace(spec.engine.plan, kv_dtype="auto")))
+    with pytest.raises(SpecError, match=r"belongs to other work \(engine\.plan\.kv_dtype differ\)"):
+        run_job(exact)
 
 
 def test_answers_do_not_depend_on_what_is_streamed_and_the_key_does_on_the_weights(

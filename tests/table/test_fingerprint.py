@@ -71,6 +71,7 @@ def test_what_cannot_change_a_part(changes: dict[str, Any]) -> None:
         {"output.prefix": "x_"},
         {"output.include": ["token_ids"]},
         {"output.on_length": "keep"},
+        {"engine.plan": {"kv_dtype": "int8"}},
     ],
 )
 def test_what_can_change_a_part(changes: dict[str, Any]) -> None:

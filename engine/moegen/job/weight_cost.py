@@ -1,4 +1,7 @@
-"""`_batch/<job key>/weight_cost.json`: what a job's `model.weights` cost its answers, measured once before its rows."""
+"""`_batch/<job key>/weight_cost.json`: what 8 bits cost a job's answers, measured once before its rows.
+
+By `model.weights`, by `engine.plan.kv_dtype`, or by both.
+"""
 
 from __future__ import annotations
 

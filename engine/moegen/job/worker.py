@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -146,7 +146,7 @@ class _Setup:
     workload: Workload | None
     prefix: tuple[int, ...]  # token ids that nearly all prompts begin with
     plan: Plan
-    stored_plan: Plan  # with experts as they are stored
+    stored_plan: Plan  # with experts as they are stored and pages of the model's dtype
     tokenizer: Tokenizer
     preparer: Preparer
     answers: Answers
@@ -159,9 +159,10 @@ class _Setup:
         workload, prefix = table_workload(reader, Preparer(spec, tokenizer, shape.max_position_embeddings))
         plan = choose_plan(shape, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
         stored_plan = plan
-        if shape.kept_as != "as_stored":
-            as_stored = shape.kept("as_stored")
-            stored_plan = choose_plan(as_stored, machine, spec.engine, spec.model.dtype, workload or UNKNOWN)
+        if shape.kept_as != "as_stored" or plan.kv_dtype == "int8":
+            as_stored, exact = shape.kept("as_stored"), replace(spec.engine.plan, kv_dtype="auto")
+            engine = replace(spec.engine, plan=exact)
+            stored_plan = choose_plan(as_stored, machine, engine, spec.model.dtype, workload or UNKNOWN)
         preparer = Preparer(spec, tokenizer, min(shape.max_position_embeddings, plan.max_sequence_tokens))
         return cls(shape, machine, workload, prefix, plan, stored_plan, tokenizer, preparer, Answers(spec, tokenizer))
 
@@ -186,7 +187,7 @@ def _engine(
 ) -> Iterator[RowGenerator]:
     """The model, loaded, and every pass counted; no model where no row is left to run.
 
-    `weigh` measures what it costs to keep experts otherwise than they are stored.
+    `weigh` measures what it costs to keep experts otherwise than they are stored, or pages in few bits.
     """
     if inherited.rows_left == 0:
         yield NoEngine()
@@ -195,7 +196,7 @@ def _engine(
     os.environ.setdefault("NUMBA_NUM_THREADS", str(setup.plan.threads))  # Numba reads it once, when it is imported
     from moegen.run.engine import Engine
 
-    if spec.model.weights != "as_stored":
+    if setup.plan is not setup.stored_plan:
         weigh()
     with Engine.open(spec.model.uri, setup.plan, tokenizer=setup.tokenizer) as engine:
         load_s = time.monotonic() - loading

@@ -155,7 +155,8 @@ class _Trace:
         rule: AttentionRule,
     ) -> torch.Tensor:  # fmt: skip
         _, kv_heads, key_dim = key_TGD.shape
-        self.shapes[layer] = KVShape(kv_heads, key_dim, value_TGD.shape[-1], latent=rule.latent is not None)
+        latent, window = rule.latent is not None, rule.sliding_window
+        self.shapes[layer] = KVShape(kv_heads, key_dim, value_TGD.shape[-1], latent, window)
         return query_THD.new_zeros(1, query_THD.shape[1], rule.value_dim(value_TGD))
 
     def choose(self, layer: PagedIndexer, given: Mapping[str, Any]) -> torch.Tensor:

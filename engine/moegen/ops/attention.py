@@ -80,7 +80,7 @@ def paged_attention(
         if reads:
             kernel_decode(query_THD, pages, spans, rule, out_THD)
         else:
-            gathered_decode(query_THD, pages.rows, pages.page_bytes, pages.page_tokens, spans, rule, out_THD)
+            gathered_decode(query_THD, pages.rows, pages.gathered_bytes, pages.page_tokens, spans, rule, out_THD)
 
     absorbed_decode(decode, query_THD, pages.keys_PGCD.shape[-1], batch.decode, rule, out_THD)
     return out_THD
@@ -116,7 +116,7 @@ def kernel_decode(
     if isinstance(pages, LatentPages):
         latent_decode(query_THD, pages.keys_PGCD, spans, rule, out_THD)
     else:
-        decode_attention(query_THD, pages.keys_PGCD, pages.values_PGCD, spans, rule, out_THD)
+        decode_attention(query_THD, pages, spans, rule, out_THD)
 
 
 def span_attention(

@@ -1,12 +1,13 @@
 """Decode attention on the CPU: one query per sequence, keys and values read once, in place, page by page.
 
-Compiled with Numba at first use (and cached on disk), so that installing needs no compiler. Pages are float32 or
-bfloat16; arithmetic is float32. A task is one KV head over one piece of a sequence: all R query heads of the group meet
-a page while it is in cache. Both products are a few rows times a panel BLOCK columns wide: queries times a page's
-keys (transposed into a scratch panel), weights times its values. The softmax subtracts the running maximum (Milakov &
-Gimelshein 2018, "Online normalizer calculation for softmax"). A core waits for few lines of memory at a time, so they
-are asked for evenly: a block's values while its keys are scored, the next block's keys, or those of the thread's next
-task, while its values are added.
+Compiled with Numba at first use (and cached on disk), so that installing needs no compiler. Pages are float32, bfloat16
+or int8 codes; arithmetic is float32. A code is taken as the number that it is: the scales of keys multiply the scores,
+those of values the weights, once for each query head and token. A task is one KV head over one piece of a sequence: all
+R query heads of the group meet a page while it is in cache. Both products are a few rows times a panel BLOCK columns
+wide: queries times a page's keys (transposed into a scratch panel), weights times its values. The softmax subtracts the
+running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"). A core waits for few lines of
+memory at a time, so they are asked for evenly: a block's values while its keys are scored, the next block's keys, or
+those of the thread's next task, while its values are added.
 
 Threads take tasks from one counter, so a ragged batch is balanced. Pieces are cut by the sequence's own length and
 merged in order: neither the number of threads nor the rest of the batch changes a bit of the result.
@@ -37,8 +38,10 @@ from moegen.ops.vectors import (
     X_STRIDE,
     add_scaled,
     clear,
+    fetch,
     get,
     get_float,
+    multiply,
     product,
     put,
     scale,
@@ -52,10 +55,12 @@ from moegen.schedule.step import DecodeSpans, Ints
 
 if TYPE_CHECKING:
     from moegen.ops.attention import AttentionRule
+    from moegen.ops.kv_pages import LayerPages
 
-KV_DTYPES = (torch.float32, torch.bfloat16)  # of the pages that the kernel reads
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of the pages that the kernel reads
 PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
 _FLOAT = 4  # bytes
+_NO_SCALES = np.zeros((1, 1, 1), np.float32)
 
 lock_kernel_cache()
 _jit = numba.njit(error_model="numpy")
@@ -85,6 +90,8 @@ class _Spans(NamedTuple):
     first_states: int  # [S + 1] of the pieces of spans that are more than one piece
     keys: int
     values: int
+    key_scales: int  # of codes, else of nothing
+    value_scales: int
     tasks: int  # how many
 
 
@@ -94,6 +101,7 @@ class _Scratch(NamedTuple):
     own: int  # [key_dim / DEPTH, R, X_STRIDE] queries
     flipped: int  # [key_dim, BLOCK] keys
     rest: int  # [DEPTH, BLOCK] the last columns of values
+    scales: int  # [DEPTH] of tokens
     scores: int  # [R, X_STRIDE] of DEPTH tokens
     state: int  # of a span that is one piece
     panels: int  # [DEPTH] addresses
@@ -129,13 +137,13 @@ def kernel_reads(query: torch.Tensor, keys: torch.Tensor) -> bool:
 
 def decode_attention(
     query_THD: torch.Tensor,
-    keys_PGCD: torch.Tensor,
-    values_PGCD: torch.Tensor,
+    pages: LayerPages,
     spans: DecodeSpans,
     rule: AttentionRule,
     out_THD: torch.Tensor,
 ) -> None:
     """Writes the attention of each span's query into its row of `out_THD`."""
+    keys_PGCD, values_PGCD, *scales = pages.tables
     heads, groups, value_dim = query_THD.shape[1], keys_PGCD.shape[1], values_PGCD.shape[3]
     repeat = heads // groups
     begins, first_pieces = cut(spans, rule, keys_PGCD.shape[2])
@@ -150,6 +158,7 @@ def decode_attention(
             query_THD.float().contiguous().numpy(),
             _as_numpy(keys_PGCD),
             _as_numpy(values_PGCD),
+            *([scale_PGC.numpy() for scale_PGC in scales] or [_NO_SCALES, _NO_SCALES]),
             spans.rows,
             begins,
             spans.kv_lengths,
@@ -195,8 +204,8 @@ def _state_floats(repeat: int, value_dim: int) -> int:
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def _decode(  # type: ignore[no-untyped-def]
-    threads, query, keys, values, rows, begins, ends, page_starts, page_ids, first_pieces, piece_spans, first_states,
-    scaling, cap, sinks, counters, states, floats, tables, out,
+    threads, query, keys, values, key_scales, value_scales, rows, begins, ends, page_starts, page_ids, first_pieces,
+    piece_spans, first_states, scaling, cap, sinks, counters, states, floats, tables, out,
 ):  # fmt: skip
     for thread in numba.prange(threads):
         shape = _shape(query, keys, values)
@@ -207,7 +216,7 @@ def _decode(  # type: ignore[no-untyped-def]
         spans = _Spans(
             rows.ctypes.data, begins.ctypes.data, ends.ctypes.data, page_starts.ctypes.data, page_ids.ctypes.data,
             first_pieces.ctypes.data, piece_spans.ctypes.data, first_states.ctypes.data, keys.ctypes.data,
-            values.ctypes.data, len(piece_spans) * keys.shape[1],
+            values.ctypes.data, key_scales.ctypes.data, value_scales.ctypes.data, len(piece_spans) * keys.shape[1],
         )  # fmt: skip
         _work(
             keys.dtype.type(0), shape, scratch, spans, query.ctypes.data, scaling, cap, sinks.ctypes.data,
@@ -250,7 +259,7 @@ def _shape(query, keys, values):  # type: ignore[no-untyped-def]
 def _scratch_floats(repeat: int, key_dim: int, value_dim: int) -> int:
     """What a thread works in, as `_lay_out` cuts it."""
     x_rows = (1 + -(-key_dim // DEPTH)) * repeat
-    return (key_dim + DEPTH) * BLOCK + x_rows * X_STRIDE + _state_floats(repeat, value_dim)
+    return (key_dim + DEPTH) * BLOCK + DEPTH + x_rows * X_STRIDE + _state_floats(repeat, value_dim)
 
 
 @_jit
@@ -258,10 +267,11 @@ def _lay_out(shape, floats, table):  # type: ignore[no-untyped-def]
     """Where in the thread's memory what lies: everything begins with a cache line."""
     flipped = floats
     rest = flipped + shape.key_dim * BLOCK * _FLOAT
-    scores = rest + DEPTH * BLOCK * _FLOAT
+    scales = rest + DEPTH * BLOCK * _FLOAT
+    scores = scales + DEPTH * _FLOAT
     own = scores + shape.repeat * X_STRIDE * _FLOAT
     state = own + (shape.key_dim + DEPTH - 1) // DEPTH * shape.repeat * X_STRIDE * _FLOAT
-    return _Scratch(own, flipped, rest, scores, state, table, table + 8 * DEPTH)
+    return _Scratch(own, flipped, rest, scales, scores, state, table, table + 8 * DEPTH)
 
 
 @_jit
@@ -279,11 +289,11 @@ def _piece(task, shape, spans):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _place(shape, spans, piece, token, pages, dim):  # type: ignore[no-untyped-def]
-    """The address of a token's row in its page of keys or values, `dim` wide."""
+def _place(shape, spans, piece, token, pages, row_bytes):  # type: ignore[no-untyped-def]
+    """The address of what pages have of a token, `row_bytes` of it."""
     page = get(spans.page_ids + 8 * (piece.first_id + token // shape.page_tokens))
     row = (page * shape.groups + piece.group) * shape.page_tokens + token % shape.page_tokens
-    return pages + row * dim * shape.size
+    return pages + row * row_bytes
 
 
 @_jit
@@ -341,14 +351,19 @@ def _attend(kind, shape, scratch, spans, piece, cap, state, counter):  # type: i
         put(state.best + r * _FLOAT, np.float32(-np.inf))
         put(state.total + r * _FLOAT, np.float32(0))
     clear(state.acc, shape.repeat * shape.out_stride // LANES)
+    key_bytes, value_bytes = shape.key_dim * shape.size, shape.value_dim * shape.size
     start, task, then = piece.start, -1, piece
     while start < piece.end:
         stop = _block_end(shape, start, piece.end)
         for token in range(start, stop, BLOCK):
-            key = _place(shape, spans, piece, token, spans.keys, shape.key_dim)
-            value = _place(shape, spans, piece, token, spans.values, shape.value_dim)
+            key = _place(shape, spans, piece, token, spans.keys, key_bytes)
+            value = _place(shape, spans, piece, token, spans.values, value_bytes)
             _score(kind, shape, scratch, key, min(stop - token, BLOCK), token - start, value)
+        if shape.size == 1:
+            _scale_columns(shape, scratch, spans, piece, start, stop, spans.key_scales)
         _soften(shape, scratch, piece.low - start, stop - start, cap, state)
+        if shape.size == 1:
+            _scale_columns(shape, scratch, spans, piece, start, stop, spans.value_scales)
         following = stop
         if stop == piece.end:
             task = take_number(counter)
@@ -356,10 +371,12 @@ def _attend(kind, shape, scratch, spans, piece, cap, state, counter):  # type: i
             following = then.start
         rows = min(shape.page_tokens, DEPTH)
         for n in range((stop - start + rows - 1) // rows):
-            value = _place(shape, spans, piece, start + n * rows, spans.values, shape.value_dim)
-            key = _place(shape, spans, then, min(following + n * rows, then.end - 1), spans.keys, shape.key_dim)
-            put(scratch.panels + n * 8, value)
-            put(scratch.aheads + n * 8, key)
+            ahead = min(following + n * rows, then.end - 1)
+            put(scratch.panels + n * 8, _place(shape, spans, piece, start + n * rows, spans.values, value_bytes))
+            put(scratch.aheads + n * 8, _place(shape, spans, then, ahead, spans.keys, key_bytes))
+            if shape.size == 1:
+                fetch(_place(shape, spans, then, ahead, spans.key_scales, _FLOAT), rows * _FLOAT)
+                fetch(_place(shape, spans, then, ahead, spans.value_scales, _FLOAT), rows * _FLOAT)
         _add_values(kind, shape, scratch, stop - start, rows, state.acc)
         start = stop
     return task
@@ -397,7 +414,7 @@ def _score(kind, shape, scratch, key, tokens, column, value):  # type: ignore[no
 @_jit
 def flip(kind, dim, size, key, tokens, flipped):  # type: ignore[no-untyped-def]
     """`flipped[d, c] = key[min(c, tokens - 1), d]` for BLOCK columns c (or garbage in columns >= tokens)."""
-    width = LANES if size == _FLOAT else 2 * LANES
+    width = LANES * _FLOAT // size  # elements of LANES words
     whole = dim - dim % width
     for half in range(2):
         first = min(half * LANES, tokens - 1)
@@ -408,6 +425,20 @@ def flip(kind, dim, size, key, tokens, flipped):  # type: ignore[no-untyped-def]
     for d in range(whole, dim):
         for c in range(tokens):
             widen(kind, key + (c * dim + d) * size, flipped + (d * BLOCK + c) * _FLOAT)
+
+
+@_jit
+def _scale_columns(shape, scratch, spans, piece, start, stop, scales):  # type: ignore[no-untyped-def]
+    """`scores[r, c] *= scale[c]` for the tokens from `start` to `stop`; columns beyond them stay garbage, or 0."""
+    token = start
+    while token < stop:
+        count = min(shape.page_tokens - token % shape.page_tokens, stop - token)
+        place = _place(shape, spans, piece, token, scales, _FLOAT)
+        add_scaled(1, place, count, np.float32(1), scratch.scales + (token - start) * _FLOAT)
+        token += count
+    vectors = (stop - start + LANES - 1) // LANES
+    for r in range(shape.repeat):
+        multiply(scratch.scores + r * X_STRIDE * _FLOAT, vectors, scratch.scales)
 
 
 @_jit

@@ -44,13 +44,13 @@ class HostedAttention:
         """Writes the batch's keys and values into `pages` and answers its queries, `[T, H, value_dim]`."""
         on_host = self.on_host if pages.keys_PGCD.dtype in KV_DTYPES else 0.0
         here, there = _split(batch.decode, on_host)
-        new = [part.to(pages.keys_PGCD.dtype) for part in pages.kept(key_TGD, value_TGD)]
+        new = pages.kept(key_TGD, value_TGD)
         rows_S = torch.from_numpy(here.rows).to(query_THD.device)
         query_SHD = query_THD[rows_S] if rule.latent is None else rule.latent.absorb(query_THD[rows_S])
         sinks = [] if rule.sinks_H is None else [rule.sinks_H]
         *own, query_SHD = self.link.to_host(*sinks, *new, query_SHD)
         host_rule = replace(rule, latent=None, sinks_H=own.pop(0) if sinks else None)
-        pages.write(*pages.pair(own), batch)
+        pages.put(own, batch)
         out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(value_TGD))
         self._attend_there(query_THD, *pages.pair(new), pages, batch.prefill, there, rule, out_THD)
         if len(here.rows):
@@ -76,7 +76,7 @@ class HostedAttention:
 
         def gathered(query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
             ask = partial(self._pages, pages)
-            gathered_decode(query_THD, ask, pages.page_bytes, pages.page_tokens, spans, rule, out_THD)
+            gathered_decode(query_THD, ask, pages.gathered_bytes, pages.page_tokens, spans, rule, out_THD)
 
         absorbed_decode(gathered, query_THD, pages.keys_PGCD.shape[-1], decode, rule, out_THD)
 

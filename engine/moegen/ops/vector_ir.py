@@ -17,7 +17,8 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 4 if _FEATURES.get("neon") else 8  # float32 per vector
 LINE_BYTES = 64  # of a cache line
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I16, I32, F32))
+V8, V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
+_ALIGNMENT = {I8: 1, V8: 1, I16: 2, V16: 2, V32: 1}  # of words too: they may be four codes
 
 
 def i64(value: int) -> ir.Constant:
@@ -53,8 +54,8 @@ def at(b: ir.IRBuilder, address: ir.Value, index: ir.Value | int, stride: int) -
 
 
 def load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
-    """What is at an address that is aligned to its elements at least; words may be two bfloat16."""
-    return b.load(b.inttoptr(address, kind.as_pointer()), align=2 if kind in (V16, V32, I16) else 4)
+    """What is at an address that is aligned to its elements at least; words may be two bfloat16, or four codes."""
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=_ALIGNMENT.get(kind, 4))
 
 
 def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
@@ -63,14 +64,16 @@ def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
 
 
 def nbytes(kind: types.Type) -> int:
-    """Of a float32, or of the bits of a bfloat16."""
-    return 4 if kind == types.float32 else 2
+    """Of a float32, of the bits of a bfloat16, or of a code."""
+    return {types.float32: 4, types.int8: 1}.get(kind, 2)
 
 
 def as_float(b: ir.IRBuilder, address: ir.Value, kind: types.Type) -> ir.Value:
     """The element there, as float32."""
     if kind == types.float32:
         return load(b, address, F32)
+    if kind == types.int8:
+        return b.sitofp(load(b, address, I8), F32)
     return b.bitcast(b.shl(b.zext(load(b, address, I16), I32), ir.Constant(I32, 16)), F32)
 
 
@@ -78,12 +81,24 @@ def as_floats(b: ir.IRBuilder, address: ir.Value, kind: types.Type) -> ir.Value:
     """The LANES elements there, in their order, as float32."""
     if kind == types.float32:
         return load(b, address, VF)
+    if kind == types.int8:
+        return b.sitofp(b.sext(load(b, address, V8), V32), VF)
     return b.bitcast(b.shl(b.zext(load(b, address, V16), V32), v32([16] * LANES)), VF)
 
 
 def halves(b: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:
     """Of words that hold two bfloat16 each: the lower ones and the upper ones, as float32."""
     return [b.bitcast(half, VF) for half in (b.shl(words, v32([16] * LANES)), b.and_(words, v32([0xFFFF0000] * LANES)))]
+
+
+def elements(b: ir.IRBuilder, words: ir.Value, kind: types.Type) -> list[ir.Value]:
+    """The elements that words hold, from the lowest bits on, as float32: one float32, two bfloat16 or four codes."""
+    if kind == types.float32:
+        return [b.bitcast(words, VF)]
+    if kind == types.int8:
+        tops = [b.shl(words, v32([left] * LANES)) for left in (24, 16, 8, 0)]
+        return [b.sitofp(b.ashr(top, v32([24] * LANES)), VF) for top in tops]
+    return halves(b, words)
 
 
 def transposed(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:

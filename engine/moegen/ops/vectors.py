@@ -1,8 +1,8 @@
 """Vector instructions for Numba kernels: what its loop vectoriser would not find by itself.
 
-Addresses are integers, strides are in elements. Arithmetic is float32. What is stored is float32 or bfloat16, told
-apart by `kind`: any value of the stored array's element type, uint16 for a bfloat16, which is the upper half of a
-float32.
+Addresses are integers, strides are in elements. Arithmetic is float32. What is stored is float32, bfloat16 or codes,
+told apart by `kind`: any value of the stored array's element type, uint16 for a bfloat16, which is the upper half of a
+float32, and int8 for a code, which is taken as the number that it is.
 
 Numba caches a compiled kernel by its own file: after a change here, change the kernels that use it.
 """
@@ -25,8 +25,10 @@ from moegen.ops.vector_ir import (
     V32,
     VF,
     as_float,
+    as_floats,
     at,
     call,
+    elements,
     halves,
     i64,
     load,
@@ -172,7 +174,7 @@ def _product(  # type: ignore[no-untyped-def]
     ahead_stride, out, out_stride,
 ):  # fmt: skip
     size = nbytes(kind)
-    paired = kind != types.float32  # sums of even columns and of odd ones: so two bfloat16 are widened at once
+    paired = kind == types.uint16  # sums of even columns and of odd ones: so two bfloat16 are widened at once
     own = [i64(r) for r in range(rows - 1)] + [b.sub(given, i64(1))]  # a missing row is the one before it, once more
     outs = [[b.add(at(b, out, b.mul(out_stride, r), 4), i64(4 * LANES * v)) for v in range(2)] for r in own]
     is_fresh = b.icmp_signed("!=", fresh, i64(0))
@@ -192,7 +194,7 @@ def _product(  # type: ignore[no-untyped-def]
             columns = (
                 halves(b, load(b, place, V32))
                 if paired
-                else [load(b, b.add(place, i64(v * LANES * size)), VF) for v in range(2)]
+                else [as_floats(b, b.add(place, i64(v * LANES * size)), kind) for v in range(2)]
             )
             column_x = at(b, x, b.add(done, loop.index), 4)
             for r in range(rows):
@@ -220,7 +222,7 @@ def _paired(b: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> list[ir.Value]:
 def transpose(typing, kind, source, stride, last, to, to_stride):  # type: ignore[no-untyped-def]
     """`to[d, c] = source[min(c, last), d]` as float32 for LANES rows c, and LANES words of columns d.
 
-    A word is one float32, or two bfloat16.
+    A word is one float32, two bfloat16 or four codes.
     """
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -231,9 +233,9 @@ def transpose(typing, kind, source, stride, last, to, to_stride):  # type: ignor
             own = b.select(b.icmp_signed("<", i64(c), last), i64(c), last)
             rows.append(load(b, at(b, source, b.mul(own, stride), size), V32))
         for n, column in enumerate(transposed(b, rows)):
-            values = [column] if kind == types.float32 else halves(b, column)
-            for half, value in enumerate(values):
-                store(b, value, at(b, to, to_stride, 4 * (len(values) * n + half)))
+            values = elements(b, column, kind)
+            for part, value in enumerate(values):
+                store(b, value, at(b, to, to_stride, 4 * (len(values) * n + part)))
         return context.get_dummy_value()
 
     return types.void(kind, *[types.intp] * 5), generate
@@ -272,6 +274,33 @@ def scale(typing, row, vectors, factor):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), generate
+
+
+@intrinsic
+def multiply(typing, row, vectors, factors):  # type: ignore[no-untyped-def]
+    """`row *= factors`, element by element."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        row, vectors, factors = args
+        with cgutils.for_range(b, vectors) as loop:
+            place = at(b, row, loop.index, 4 * LANES)
+            store(b, b.fmul(load(b, place, VF), load(b, at(b, factors, loop.index, 4 * LANES), VF)), place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), generate
+
+
+@intrinsic
+def fetch(typing, address, count):  # type: ignore[no-untyped-def]
+    """Asks memory for the cache lines of so many bytes from `address` on."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        lines = b.udiv(b.add(args[1], i64(LINE_BYTES - 1)), i64(LINE_BYTES))
+        with cgutils.for_range(b, lines) as loop:
+            prefetch(b, at(b, args[0], loop.index, LINE_BYTES))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
 
 
 @intrinsic

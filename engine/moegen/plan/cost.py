@@ -7,6 +7,7 @@ attention, the host's memory and the device work side by side, and the slowest o
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -87,7 +88,10 @@ class CostModel:
             "host attention": on_host * self._host_decode_seconds(load),
             "DRAM": (streamed + host_kv + gathered) / (rates.dram_read_bytes_per_s or np.inf),
             "disk": streamed * self._stored_share * plan.disk_groups / max(plan.streamed_groups, 1) / self._disk_rate,
-            "device": sum(device.values(), device_kv / (rates.device_decode_bytes_per_s or np.inf))
+            "device": sum(
+                device.values(),
+                (1 - on_host) * self._expanded_bytes(load) / (rates.device_decode_bytes_per_s or np.inf),
+            )
             + (1 - on_host) * self._latent_flops(load) / max(self._linear(1 << 24).values()),
         }
         return PassTime(np.maximum.reduce(list(sides.values())), sides)
@@ -124,7 +128,7 @@ class CostModel:
         """Of all decode attention, by the host's cores: arithmetic binds over latents, which all heads share."""
         if self.footprint.latent:
             return self._latent_flops(load) / latent_flops_per_s(self.rates)
-        return self._decode_bytes(load) / self._decode_rate(load)
+        return self._expanded_bytes(load) / self._decode_rate(load)
 
     def _latent_flops(self, load: Load) -> Floats:
         """Of decode attention with absorbed queries: a multiply and an add per pair and element, of keys and values."""
@@ -132,16 +136,36 @@ class CostModel:
         return 2 * self.shape.layers * width * load.decode_kv_tokens
 
     def _decode_bytes(self, load: Load) -> Floats:
-        return load.decode_kv_tokens * self.footprint.page(1)
+        """Of keys and values that decode tokens see."""
+        return self._seen_tokens(load) * self.footprint.kv_token
+
+    def _expanded_bytes(self, load: Load) -> Floats:
+        """The same in the dtype that attention's rate was measured in: codes take hardly less time than that."""
+        return self._seen_tokens(load) * self._expanded_token
+
+    def _seen_tokens(self, load: Load) -> Floats:
+        """A layer with a window reads no more than that of each sequence."""
+        context = load.decode_kv_tokens / np.maximum(load.decode_sequences, 1)
+        windows = Counter(self.shape.windows)
+        seen = sum(
+            count * (np.minimum(1, window / np.maximum(context, 1)) if window else 1)
+            for window, count in windows.items()
+        )
+        return load.decode_kv_tokens * seen / max(windows.total(), 1) if windows else load.decode_kv_tokens
 
     def _decode_rate(self, load: Load) -> Floats:
         """At the KV bytes that a sequence of the pass has in one layer under one KV head."""
         context = load.decode_kv_tokens / np.maximum(load.decode_sequences, 1)
-        return at(self._decode_curve, np.maximum(context, 1) * self.footprint.page(1) / self._layer_kv_heads)
+        return at(self._decode_curve, np.maximum(context, 1) * self._expanded_token / self._layer_kv_heads)
+
+    @property
+    def _expanded_token(self) -> int:
+        """Bytes of a token over all layers, codes taken as bfloat16."""
+        return 2 * self.footprint.kv_per_token if self.footprint.kv_dtype == "int8" else self.footprint.kv_token
 
     def _attention_traffic(self, load: Load) -> Floats:
         """Keys and values that go home to the host, queries and answers of what the host's cores attend."""
-        written = load.tokens * self.footprint.page(1) if self.plan.kv_home == "host" else 0 * load.tokens
+        written = load.tokens * self.footprint.kv_token if self.plan.kv_home == "host" else 0 * load.tokens
         width = self.shape.absorbed_width if self.footprint.latent else self.shape.attention_width
         attended = load.decode_sequences * self.shape.layers * width
         return written + attended * DTYPE_BYTES[self.plan.compute_dtype] * self.plan.attention_on_host

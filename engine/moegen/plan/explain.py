@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from moegen.plan.curve import Surface
 from moegen.plan.footprint import Footprint
@@ -30,11 +30,15 @@ def _model(shape: ModelShape, plan: Plan) -> list[str]:
     if shape.state_per_sequence:
         state = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype).state
         lines.append(f"state     {format_bytes(state)} per running sequence, of recurrent layers")
-    heads = format_bytes(shape.kv_per_token * DTYPE_BYTES[plan.kv_dtype])
+    kept = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype, latent_kv=False)
+    heads = format_bytes(kept.kv_token)
+    if plan.kv_dtype == "int8":
+        plain = format_bytes(replace(kept, kv_dtype=shape.dtype).kv_token)
+        heads = f"{heads} of int8 codes and their scales, instead of {plain} of {shape.dtype},"
     if shape.latent_kv_per_token is None:
         return [*lines, f"KV        {heads} per token"]
     ratio = shape.kv_per_token / shape.latent_kv_per_token
-    latent = format_bytes(shape.latent_kv_per_token * DTYPE_BYTES[plan.kv_dtype])
+    latent = format_bytes(shape.latent_kv_per_token * DTYPE_BYTES[shape.dtype])
     if plan.latent_kv:
         return [
             *lines,
@@ -89,6 +93,8 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
         f"pages     {plan.kv_pages} of {plan.page_tokens} tokens on the {plan.kv_home}: the longest prompt and answer "
         f"{plan.max_sequence_tokens} tokens",
     ]
+    if plan.kv_windows != (None,):
+        lines.append(_windows(plan))
     if plan.state_slots:
         lines.append(f"slots     {plan.state_slots} sequences run at once, at most: each has a slot for its state")
     if plan.prefix_tokens:
@@ -97,7 +103,7 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
         )
     if plan.groups:
         lines.append(_experts(plan))
-    if plan.compute_dtype != plan.kv_dtype:
+    if plan.kv_dtype not in (plan.compute_dtype, "int8"):
         lines.append(f"          computed in {plan.compute_dtype}: this CPU multiplies {plan.kv_dtype} more slowly")
     return lines
 
@@ -121,7 +127,7 @@ def _promise(machine: Machine, outlook: Outlook) -> list[str]:
     lines.append(f"          one more GiB of memory would change tokens/s by: {gains}")
     if outlook.few_bits_tokens_per_s:
         fewer = ", ".join(f"{name} {gain:+,.1f}" for name, gain in outlook.few_bits_tokens_per_s.items())
-        lines.append(f"          experts in few bits would change tokens/s by: {fewer}")
+        lines.append(f"          fewer bits would change tokens/s by: {fewer}")
     return lines
 
 
@@ -140,6 +146,13 @@ def _memory(where: str, memory: MemoryUse) -> list[str]:
         if (size := getattr(memory, item.name)) and item.name != "budget"
     )
     return [f"{where:9} {format_bytes(memory.used)} of {format_bytes(memory.budget)}: {parts}"]
+
+
+def _windows(plan: Plan) -> str:
+    """Which tokens are given up where."""
+    counts = {window: plan.kv_windows.count(window) for window in plan.kv_windows if window is not None}
+    kept = ", ".join(f"{count} of them keep the last {window} tokens alone" for window, count in counts.items())
+    return f"          each is of one of {len(plan.kv_windows)} groups of layers; {kept}"
 
 
 def _experts(plan: Plan) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from moegen.schedule.pages import LayerGroup, layer_groups
 from moegen.shape import DTYPE_BYTES, ModelShape
 
 # A group is what one read of a few MiB at a time fills while another is multiplied: large enough that a take costs
@@ -27,6 +29,7 @@ class Footprint:
     kv_dtype: str
     fixed_group_experts: int | None = None  # named by the job
     latent_kv: bool = True  # as in the plan
+    free_windows: bool = True  # pages outside the windows of their layers are given back
 
     @property
     def latent(self) -> bool:
@@ -37,6 +40,14 @@ class Footprint:
     def kv_per_token(self) -> int:
         """Elements that one token keeps over all layers."""
         return (self.shape.latent_kv_per_token if self.latent else None) or self.shape.kv_per_token
+
+    @property
+    def kv_token(self) -> int:
+        """Bytes that one token keeps over all layers; beside codes, a scale for each key and value of a KV head."""
+        scales = (
+            2 * self.kv_per_token * self.shape.heads // self.shape.attention_width if self.kv_dtype == "int8" else 0
+        )
+        return self.kv_per_token * DTYPE_BYTES[self.kv_dtype] + 4 * scales
 
     @property
     def dense(self) -> int:
@@ -103,7 +114,17 @@ class Footprint:
         return self.shape.moe_layers * min(count * self.group_experts, self.shape.experts) * self.expert
 
     def page(self, page_tokens: int) -> int:
-        return self.kv_per_token * DTYPE_BYTES[self.kv_dtype] * page_tokens
+        """Of one page: some tokens in the layers of one group."""
+        groups = self.layer_groups
+        layers = sum(len(group.layers) for group in groups)
+        return self.kv_token * page_tokens * max(len(group.layers) for group in groups) // layers
+
+    @cached_property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """That pages are of."""
+        if self.free_windows and self.shape.windows:
+            return layer_groups(self.shape.windows)
+        return (LayerGroup(None, tuple(range(self.shape.layers))),)
 
     @property
     def state(self) -> int:

@@ -25,7 +25,7 @@ class Outlook:
     prediction: Prediction | None = None
     host_gib_tokens_per_s: float | None = None  # what one more GiB of host memory would add
     device_gib_tokens_per_s: float | None = None
-    few_bits_tokens_per_s: dict[str, float] | None = None  # what plain experts in few bits would add
+    few_bits_tokens_per_s: dict[str, float] | None = None  # what plain experts or pages in few bits would add
 
     @classmethod
     def of(cls, shape: ModelShape, machine: Machine, engine: Engine, dtype: str, workload: Workload | None) -> Outlook:
@@ -45,8 +45,8 @@ class Outlook:
             with_more(GIB, 0) - prediction.generated_tokens_per_s,
             with_more(0, GIB) - prediction.generated_tokens_per_s if machine.device != "cpu" else None,
             {
-                name: _rate(other, machine, engine, dtype, workload) - prediction.generated_tokens_per_s
-                for name, other in _in_few_bits(shape).items()
+                name: _rate(other, machine, asked, dtype, workload) - prediction.generated_tokens_per_s
+                for name, (other, asked) in _in_few_bits(shape, engine).items()
             }
             or None,
         )
@@ -62,15 +62,18 @@ class Outlook:
         }
 
 
-def _in_few_bits(shape: ModelShape) -> dict[str, ModelShape]:
-    """What could be made of a model whose experts are plain."""
-    if not shape.moe_layers or shape.in_few_bits:
-        return {}
-    return {
-        "model.weights int8": shape.kept("int8"),
-        "a checkpoint in 8 bits": shape.stored_in(8),
-        "a checkpoint in 4 bits": shape.stored_in(4),
-    }
+def _in_few_bits(shape: ModelShape, engine: Engine) -> dict[str, tuple[ModelShape, Engine]]:
+    """What could be made of a model whose experts are plain, and of pages that are."""
+    found = {}
+    if shape.moe_layers and not shape.in_few_bits:
+        found = {
+            "model.weights int8": (shape.kept("int8"), engine),
+            "a checkpoint in 8 bits": (shape.stored_in(8), engine),
+            "a checkpoint in 4 bits": (shape.stored_in(4), engine),
+        }
+    if engine.plan.kv_dtype == "auto" and not (engine.plan.latent_kv and shape.latent_kv_per_token):
+        found["engine.plan.kv_dtype int8"] = shape, replace(engine, plan=replace(engine.plan, kv_dtype="int8"))
+    return found
 
 
 def _rate(shape: ModelShape, machine: Machine, engine: Engine, dtype: str, workload: Workload) -> float:

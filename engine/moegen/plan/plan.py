@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from moegen.schedule.pages import PageLedger
+
 
 @dataclass(frozen=True)
 class MemoryUse:
@@ -43,7 +45,7 @@ class Plan:
     threads: int  # of the host's cores, for arithmetic
     compute_dtype: str  # of dense weights and activations while they are multiplied
     expert_dtype: str  # of expert weights, as they lie in memory
-    kv_dtype: str  # of the pages
+    kv_dtype: str  # of the pages; int8: codes, with a scale per token and KV head
     attention_tokens: int  # tokens per attention micro-batch
     expert_tokens: int  # token-expert pairs per expert chunk
     pass_tokens: int  # tokens per pass: every running sequence's decode token and the prefill that fits
@@ -72,10 +74,16 @@ class Plan:
         """That run at once, at most."""
         return min(self.state_slots or self.pass_tokens, self.pass_tokens)
 
+    kv_windows: tuple[int | None, ...] = (None,)  # of the groups of layers that pages are of; None: all tokens are kept
+
+    def ledger(self) -> PageLedger:
+        """All pages, free."""
+        return PageLedger(self.kv_pages, self.page_tokens, self.kv_windows, self.pass_tokens)
+
     @property
     def max_sequence_tokens(self) -> int:
         """The longest prompt and answer that the pool can hold."""
-        return self.kv_pages * self.page_tokens
+        return self.ledger().capacity_tokens
 
     @property
     def streamed_groups(self) -> int:

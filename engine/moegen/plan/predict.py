@@ -19,7 +19,6 @@ from moegen.plan.footprint import Footprint
 from moegen.plan.machine import Rates
 from moegen.plan.plan import Plan
 from moegen.plan.workload import Workload
-from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import WINDOW_ROWS, Scheduler
 from moegen.schedule.sequence import Request
 from moegen.schedule.step import Chunk
@@ -52,10 +51,10 @@ def predict(footprint: Footprint, plan: Plan, rates: Rates, workload: Workload) 
     """Simulates the job under `plan`. `rates` must be measured."""
     scale = max(min(workload.concurrency(plan), workload.rows) / _SIMULATED_SEQUENCES, 1.0)
     rows = max(round(workload.rows / scale), 1)
-    shared = plan.prefix_tokens // plan.page_tokens  # one, however many rows are simulated
+    shared = plan.prefix_tokens // plan.page_tokens * len(plan.kv_windows)  # one, however many rows are simulated
     small = replace(
         plan,
-        kv_pages=max(round((plan.kv_pages - shared) / scale) + shared, -(-workload.longest // plan.page_tokens)),
+        kv_pages=max(round((plan.kv_pages - shared) / scale) + shared, plan.ledger().most_pages(workload.longest)),
         pass_tokens=max(round(plan.pass_tokens / scale), 1),
         level_tokens=max(round(plan.level_tokens / scale), 1),
         state_slots=round(plan.state_slots / scale) or min(plan.state_slots, 1),
@@ -106,9 +105,9 @@ def _share(term: np.ndarray, seconds: np.ndarray, steady: slice) -> float:
 def simulate(plan: Plan, workload: Workload, window: int = WINDOW_ROWS) -> Run:
     """The passes that the scheduler makes of `workload` under `plan`."""
     requests = list(_requests(workload))
-    ledger = PageLedger(plan.kv_pages, plan.page_tokens)
     prefix = (0,) * plan.prefix_tokens
-    scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, prefix, plan.max_sequences)
+    slots = plan.max_sequences
+    scheduler = Scheduler(requests, plan.ledger(), plan.pass_tokens, plan.level_tokens, window, prefix, slots)
     passes: list[tuple[float, ...]] = []
     waiting, admitting = workload.rows, 0
     while chunks := scheduler.next_chunks():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moegen.errors import BudgetError
+from moegen.errors import BudgetError, SpecError
 from moegen.plan.cost import CostModel, balanced_attention
 from moegen.plan.curve import Surface
 from moegen.plan.footprint import Footprint
@@ -61,6 +61,7 @@ def choose_plan(
 
     Raises:
         BudgetError: no plan keeps within the budget; says the smallest budget that would do.
+        SpecError: pages cannot be of the dtype that the job wants.
     """
     search = _Search.of(shape, machine, engine, dtype, workload, streamable)
     fitting = [plan for plan in search.plans() if plan.host.spare >= 0 and plan.device_memory.spare >= 0]
@@ -93,10 +94,16 @@ class _Search:
             shape,
             compute_dtype=compute_dtype,
             expert_dtype=_expert_dtype(shape, machine, model_dtype, compute_dtype),
-            kv_dtype=model_dtype,
+            kv_dtype=model_dtype if engine.plan.kv_dtype == "auto" else engine.plan.kv_dtype,
             fixed_group_experts=engine.plan.group_experts,
             latent_kv=engine.plan.latent_kv,
+            free_windows=engine.plan.free_windows,
         )
+        if footprint.latent and footprint.kv_dtype == "int8":
+            raise SpecError(
+                "engine.plan.kv_dtype: 'int8' cannot be used for latents, which are few bytes as they are; leave it "
+                "out, or keep the keys and values of all heads by engine.plan.latent_kv: false"
+            )
         return cls(footprint, machine, engine, workload, streamable, host, device)
 
     @property
@@ -215,6 +222,7 @@ class _Search:
             device_memory=device,
             prefix_tokens=self._prefix_tokens(fixed.page_tokens or _PAGE_TOKENS),
             latent_kv=footprint.latent_kv,
+            kv_windows=tuple(group.window for group in footprint.layer_groups),
             weights=footprint.shape.kept_as,
         )
 
@@ -265,7 +273,7 @@ class _Search:
         memory = plan.host if plan.kv_home == "host" else plan.device_memory
         page, slots = self.footprint.page(plan.page_tokens), self._state_slots(plan, memory)
         memory = replace(memory, state=slots * self.footprint.state)
-        useful = (slots or plan.pass_tokens) * -(-self._longest // plan.page_tokens)
+        useful = (slots or plan.pass_tokens) * plan.ledger().most_pages(self._longest)
         there = min(memory.spare // page if page else _FREE_PAGES, useful)
         pages = self.engine.plan.kv_pages or max(there, self._fewest_pages(plan))
         filled = replace(memory, kv=pages * page)
@@ -283,7 +291,7 @@ class _Search:
         return int(min(max(wanted, 1), plan.pass_tokens))
 
     def _fewest_pages(self, plan: Plan) -> int:
-        return -(-min(self._longest, _MIN_SEQUENCE_TOKENS) // plan.page_tokens)
+        return plan.ledger().most_pages(min(self._longest, _MIN_SEQUENCE_TOKENS))
 
     @property
     def _longest(self) -> int:

@@ -56,8 +56,9 @@ class Workload:
     def _paged(self, plan: Plan) -> float:
         """Sequences that there are pages and state slots for."""
         own = max(self.mean_context - plan.prefix_tokens, 1.0)
-        room = plan.kv_pages * plan.page_tokens - plan.prefix_tokens
-        paged = max(room / (own + 1.5 * plan.page_tokens), 1.0)  # one page is reserved
+        room = plan.kv_pages * plan.page_tokens - plan.prefix_tokens * len(plan.kv_windows)
+        slack = 1.5 * plan.page_tokens  # one page is reserved
+        paged = max(room / sum(min(own, window or own) + slack for window in plan.kv_windows), 1.0)
         return min(paged, plan.state_slots or paged)
 
     def steady_pass(self, plan: Plan) -> Load:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moegen.errors import UnsupportedModel
-from moegen.memory.kv_pool import KVPool
+from moegen.memory.kv_pool import KVPool, groups_of
 from moegen.memory.state_pool import StatePool
 from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
@@ -209,15 +209,21 @@ def engine_model(
     return ModelHost(model.to(device), staged=staged, expert_tokens=_EXPERT_TOKENS, latent_kv=latent_kv)
 
 
-def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float | None = None) -> float:
+def logit_difference(
+    host: ModelHost, reference: PreTrainedModel, on_host: float | None = None, kv_dtype: torch.dtype | None = None
+) -> float:
     """The largest difference between the reference's logits and those of the engine's passes, relative to the largest.
 
     `on_host`: keys and values live on the host, whose cores attend this share of them; None: where the model is.
+    `kv_dtype` is theirs; None: the model's.
     """
     expected = _expected_logits(reference)
     hosted = None if on_host is None else HostedAttention(Link(host.device), on_host)
     home = host.device if hosted is None else torch.device("cpu")
-    pool = KVPool(host.kv_shapes, _PAGES, _PAGE_TOKENS, host.model.dtype, home, hosted)
+    groups = groups_of(host.kv_shapes.values())
+    pages, windows = _PAGES * len(groups), tuple(group.window for group in groups)
+    pool = KVPool(host.kv_shapes, pages, _PAGE_TOKENS, kv_dtype or host.model.dtype, home, hosted, groups)
+    ledger = PageLedger(pages, _PAGE_TOKENS, windows, _PASS_TOKENS)
     sequences = _probe_sequences(expected[0].shape[-1])
     requests = (
         Request(row, tuple(tokens[:prompt]), Sampling(max_tokens=len(tokens) - prompt + 1))
@@ -225,7 +231,7 @@ def logit_difference(host: ModelHost, reference: PreTrainedModel, on_host: float
     )
     states = StatePool(host.state_shapes, _SLOTS, home)
     prefix, slots = (tuple(sequences[-1][:_PAGE_TOKENS]), None) if not host.state_shapes else ((), _SLOTS)
-    scheduler = Scheduler(requests, PageLedger(_PAGES, _PAGE_TOKENS), _PASS_TOKENS, prefix=prefix, slots=slots)
+    scheduler = Scheduler(requests, ledger, _PASS_TOKENS, prefix=prefix, slots=slots)
     worst, scale = 0.0, max(float(logits.abs().max()) for logits in expected)
     while (step := scheduler.next_step()) is not None:
         pieces = forward(

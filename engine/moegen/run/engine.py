@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moegen.errors import BudgetError
+from moegen.errors import BudgetError, UnsupportedModel
 from moegen.memory.checkpoint import Checkpoint, local_checkpoint
 from moegen.memory.device_limit import limit_allocations
-from moegen.memory.kv_pool import KVPool
+from moegen.memory.kv_pool import KVPool, groups_of
 from moegen.memory.state_pool import StatePool
 from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Arithmetic, WeightHomes
@@ -33,7 +33,7 @@ from moegen.run.certify import certify
 from moegen.run.forward import forward
 from moegen.run.masks import Masks
 from moegen.run.stats import PassReport, Recorder, Traffic
-from moegen.schedule.pages import PageLedger
+from moegen.schedule.pages import LayerGroup
 from moegen.schedule.scheduler import WINDOW_ROWS, Scheduler
 from moegen.schedule.sequence import Begun, Finished, Request, Sequence
 from moegen.schedule.step import Step
@@ -153,10 +153,9 @@ class Engine:
         after every pass.
         """
         plan = self.plan
-        ledger = PageLedger(plan.kv_pages, plan.page_tokens)
         shared = () if self.host.state_shapes else prefix[: plan.prefix_tokens]
         slots = plan.max_sequences
-        scheduler = Scheduler(requests, ledger, plan.pass_tokens, plan.level_tokens, window, shared, slots)
+        scheduler = Scheduler(requests, plan.ledger(), plan.pass_tokens, plan.level_tokens, window, shared, slots)
         texts: dict[Sequence, TextStream] = {}
         self.recorder.begin()
         with Masks() as masks:
@@ -240,11 +239,28 @@ def _loading() -> Iterator[None]:
 
 
 def _pool(host: ModelHost, plan: Plan, link: Link) -> KVPool:
-    dtype = getattr(torch, plan.kv_dtype)
-    if plan.kv_home == "device" or host.device.type == "cpu":
-        return KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, host.device)
-    hosted = HostedAttention(link, plan.attention_on_host)
-    return KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, torch.device("cpu"), hosted)
+    there, hosted = host.device, None
+    if plan.kv_home == "host" and host.device.type != "cpu":
+        there, hosted = torch.device("cpu"), HostedAttention(link, plan.attention_on_host)
+    dtype, groups = getattr(torch, plan.kv_dtype), _groups(host, plan)
+    return KVPool(host.kv_shapes, plan.kv_pages, plan.page_tokens, dtype, there, hosted, groups)
+
+
+def _groups(host: ModelHost, plan: Plan) -> tuple[LayerGroup, ...]:
+    """As the plan counted them; none: all layers keep all tokens. The plan knows the config, the host ran the layers.
+
+    Raises:
+        UnsupportedModel: they disagree.
+    """
+    if plan.kv_windows == (None,):
+        return ()
+    groups = groups_of(host.kv_shapes.values())
+    if tuple(group.window for group in groups) != plan.kv_windows:
+        raise UnsupportedModel(
+            f"{host.model.config.model_type}: its layers' windows are not those of its config.json; give "
+            "engine.plan.free_windows: false to keep all keys and values"
+        )
+    return groups
 
 
 def _states(host: ModelHost, plan: Plan) -> StatePool:

@@ -183,8 +183,8 @@ def _attention_seconds(
     ends = np.cumsum([0, *pages])
     step = Step(
         [
-            Chunk(Sequence(Request(0, (0,), _SAMPLED), 0, [0] * (start + length), start, list(range(*ends[i : i + 2]))),
-                  start, length)
+            Chunk(Sequence(Request(0, (0,), _SAMPLED), 0, [0] * (start + length), start,
+                           [list(range(*ends[i : i + 2]))]), start, length)
             for i, (start, length) in enumerate(chunks)
         ],
         _PAGE_TOKENS,

@@ -99,7 +99,7 @@ class Yardstick:
             return None
         near = "dram" if self.plan.device == "cpu" else "device"
         experts = span.active_experts * self.footprint.expert
-        kv = span.kv_tokens * self.footprint.page(1)
+        kv = span.kv_tokens * self.footprint.kv_token
         needed = {near: span.passes * self._dense_bytes + experts * self._share(self.plan.resident_groups)}
         needed["link"] = experts * self._share(self.plan.host_groups)
         needed["disk"] = experts * self._share(self.plan.disk_groups)

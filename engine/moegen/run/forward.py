@@ -54,9 +54,10 @@ class Pass:
         rule: AttentionRule,
     ) -> torch.Tensor:  # fmt: skip
         """A layer that runs whole brings all its tokens at once; they are worked off batch by batch here."""
-        pages, whole = self.pool.layers[layer], rule
+        pages, group, whole = self.pool.layers[layer], self.pool.group_of[layer], rule
 
         def one(batch: AttentionBatch, own: slice) -> torch.Tensor:
+            batch = batch.of_group(group)
             rule = whole if whole.chosen_TK is None else replace(whole, chosen_TK=whole.chosen_TK[own])
             if self.pool.hosted is not None and rule.chosen_TK is not None:
                 raise BudgetError("engine.plan.kv_home: layers with a sparse indexer run with 'device' only")

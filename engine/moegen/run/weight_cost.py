@@ -1,4 +1,4 @@
-"""What it costs to keep experts in 8 bits, measured: the same prompts through the model as stored and as it is kept."""
+"""What experts or pages in 8 bits cost, measured: the same prompts through the model as stored and as it is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from moegen.plan.plan import Plan
 from moegen.run.engine import Engine
 from moegen.run.forward import forward
-from moegen.schedule.pages import PageLedger
 from moegen.schedule.scheduler import Scheduler
 from moegen.schedule.sequence import Request
 from moegen.spec import Sampling
@@ -24,7 +23,8 @@ _LOGITS = 1 << 24  # that are kept for comparison
 class WeightCost:
     """Differences of logits, in the model's own units, at the last positions of some prompts."""
 
-    weights: str
+    weights: str  # as in the plan
+    kv_dtype: str
     prompts: int
     positions: int
     mean_logit_difference: float
@@ -49,6 +49,7 @@ def weight_cost(model_uri: str, stored: Plan, kept: Plan, prompts: Sequence[Sequ
     difference = (got - expected).abs()
     return WeightCost(
         weights=kept.weights,
+        kv_dtype=kept.kv_dtype,
         prompts=len(prompts),
         positions=len(expected),
         mean_logit_difference=float(difference.mean()),
@@ -63,8 +64,7 @@ def _last_logits(model_uri: str, plan: Plan, prompts: Sequence[Sequence[int]]) -
     found: dict[tuple[int, int], torch.Tensor] = {}
     requests = [Request(row, tuple(tokens), Sampling(max_tokens=1)) for row, tokens in enumerate(prompts)]
     with Engine.open(model_uri, plan, tokenizer=None) as engine:
-        ledger = PageLedger(plan.kv_pages, plan.page_tokens)
-        scheduler = Scheduler(requests, ledger, plan.pass_tokens, slots=plan.max_sequences)
+        scheduler = Scheduler(requests, plan.ledger(), plan.pass_tokens, slots=plan.max_sequences)
         while (step := scheduler.next_step()) is not None:
             places = [
                 (chunk.sequence.request.row_index, chunk.start + offset)

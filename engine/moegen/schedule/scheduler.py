@@ -2,7 +2,8 @@
 
 Invariants:
 - Every running sequence that is decoding is in every pass; prefill fills what is left of `pass_tokens`.
-- A sequence is admitted only with pages for all its tokens; it grows page by page while it decodes.
+- A sequence is admitted only with pages for all its tokens (in layers with a window: for those of a pass); it grows
+  page by page while it decodes, and gives back what is outside a window.
 - When no page is free the youngest sequence is preempted: its pages go back, its tokens stay, and it is
   computed again later. Sampling depends on (seed, row, position) alone, so its answer does not change.
 - Rows are drawn a window at a time, and those that may answer longest enter first. A window is admitted whole before
@@ -102,10 +103,15 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
-            if self.ledger.grow(sequence.pages, len(sequence.tokens)):
+            if not sequence.goes_back:
+                self.ledger.trim(sequence.pages, sequence.computed, sequence.shared)
+            if self._grow(sequence):
                 index += 1
             elif not self._prefix.drop():
                 self._preempt(self.running[-1])
+
+    def _grow(self, sequence: Sequence) -> bool:
+        return self.ledger.grow(sequence.pages, len(sequence.tokens), sequence.computed, whole=sequence.goes_back)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -130,7 +136,7 @@ class Scheduler:
         if not self._prefix.open_to(sequence) or not self._has_pages(sequence):
             return None
         self._prefix.enter(sequence)
-        self.ledger.grow(sequence.pages, len(sequence.tokens))
+        self._grow(sequence)
         self._waiting.popleft()
         sequence.slot = self._slots.take()
         self.running.append(sequence)
@@ -139,7 +145,7 @@ class Scheduler:
         return sequence
 
     def _has_pages(self, sequence: Sequence) -> bool:
-        missing = self._prefix.missing_pages(sequence) + len(self.running)
+        missing = self._prefix.missing_pages(sequence) + len(self.running) * self.ledger.growth
         return self.ledger.free >= missing or (
             not sequence.shared and self._prefix.drop() and self.ledger.free >= missing
         )
@@ -150,10 +156,11 @@ class Scheduler:
         self._exhausted = True
         for request in self._requests:
             tokens = len(request.token_ids) + request.params.max_tokens
-            if tokens <= self.ledger.capacity_tokens:
+            most = self.ledger.whole_tokens if request.continuations else self.ledger.capacity_tokens
+            if tokens <= most:
                 drawn.append(request)
             else:
-                self.refused.append(_never_fits(request, tokens, self.ledger.capacity_tokens))
+                self.refused.append(_never_fits(request, tokens, most))
             if len(drawn) == self._window:
                 self._exhausted = False
                 break

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moegen.row import RowError, Status
+from moegen.schedule.pages import Held
 from moegen.schedule.scoring import Scoring
 from moegen.spec import Sampling
 
@@ -72,8 +73,8 @@ class Sequence:
     request: Request
     order: int  # admission order: the oldest is never preempted
     tokens: list[int]  # prompt and answer
-    computed: int = 0  # tokens whose KV is in `pages`
-    pages: list[int] = field(default_factory=list)
+    computed: int = 0  # tokens whose KV is in `pages`, as far as anybody asks for it again
+    pages: Held = field(default_factory=list)  # of each group of layers
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scoring: Scoring | None = None  # of a request with continuations
     slot: int = 0  # while it runs: where recurrent layers keep its state
@@ -90,6 +91,11 @@ class Sequence:
     @property
     def answer(self) -> list[int]:
         return self.tokens[self.prompt_tokens :]
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether tokens that are computed may be followed by others than before: all their KV is kept then."""
+        return self.scoring is not None
 
     @property
     def pending(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -83,6 +83,11 @@ class AttentionBatch:
     spans: tuple[Span, ...]
     write_pages: Ints  # [length] page of each token
     write_slots: Ints  # [length] its place in that page
+    others: tuple[AttentionBatch, ...] = ()  # the same tokens in the pages of the groups of layers after the first
+
+    def of_group(self, group: int) -> AttentionBatch:
+        """With the pages of this group of layers."""
+        return self.others[group - 1] if group else self
 
     @cached_property
     def decode(self) -> DecodeSpans:
@@ -139,26 +144,30 @@ class Step:
 
     def attention_batches(self, attention_tokens: int) -> Iterator[AttentionBatch]:
         """Cuts the pass into micro-batches of at most `attention_tokens` tokens."""
-        spans: list[Span] = []
+        spans: list[list[Span]] = []  # a list of one for each group of layers
         first = filled = 0
         for chunk in self.chunks:
             done = 0
             while done < chunk.length:
                 take = min(chunk.length - done, attention_tokens - filled)
-                sequence = chunk.sequence
-                spans.append(Span(filled, take, chunk.start + done + take, sequence.pages, sequence.slot))
+                kv_length, slot = chunk.start + done + take, chunk.sequence.slot
+                spans.append([Span(filled, take, kv_length, pages, slot) for pages in chunk.sequence.pages])
                 done, filled = done + take, filled + take
                 if filled == attention_tokens:
-                    yield self._batch(first, filled, spans)
+                    yield self._of_groups(first, filled, spans)
                     first, filled, spans = first + filled, 0, []
         if spans:
-            yield self._batch(first, filled, spans)
+            yield self._of_groups(first, filled, spans)
 
-    def _batch(self, first: int, length: int, spans: list[Span]) -> AttentionBatch:
+    def _of_groups(self, first: int, length: int, spans: list[list[Span]]) -> AttentionBatch:
+        own, *others = (self._batch(first, length, of_group) for of_group in zip(*spans, strict=True))
+        return replace(own, others=tuple(others)) if others else own
+
+    def _batch(self, first: int, length: int, spans: tuple[Span, ...]) -> AttentionBatch:
         positions = self.positions[first : first + length]
         page_index, slots = np.divmod(positions, self.page_tokens)
         pages = np.empty(length, np.int64)
         for span in spans:
             own = slice(span.first, span.first + span.length)
             pages[own] = np.asarray(span.pages)[page_index[own]] if span.length > 1 else span.pages[page_index[own][0]]
-        return AttentionBatch(first, length, tuple(spans), pages, slots)
+        return AttentionBatch(first, length, spans, pages, slots)

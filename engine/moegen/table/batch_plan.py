@@ -11,7 +11,7 @@ import moegen
 from moegen.errors import InputError, SpecError
 from moegen.spec import JOB_KEY, JobSpec
 from moegen.storage import join, list_below, list_names, public, put_create, read_bytes, remove
-from moegen.table.fingerprint import CIRCUMSTANCES
+from moegen.table.fingerprint import CIRCUMSTANCES, answering
 from moegen.table.reader import InputFile
 
 BATCH_NAME = "_batch"
@@ -117,7 +117,7 @@ def _fields(spec: Mapping[str, Any]) -> dict[str, Any]:
         if section not in CIRCUMSTANCES:
             inner = values if isinstance(values, Mapping) else {"": values}
             found |= {f"{section}.{name}".rstrip("."): value for name, value in inner.items()}
-    return {name: value for name, value in found.items() if name not in _ELSEWHERE}
+    return {name: value for name, value in found.items() if name not in _ELSEWHERE} | answering(spec)
 
 
 def _changed(earlier: Sequence[InputFile], now: Sequence[InputFile]) -> str:

@@ -42,7 +42,7 @@ class Manifest:
     dedup_rows: int = 0  # with the answer of an earlier row that asks for the same
     dedup_tokens: int = 0  # of their prompts and answers, which are in no other count
     create_only: bool = True  # whether storage honoured create-only writes; if not, names were looked for first
-    weights: dict[str, Any] | None = None  # what model.weights cost the answers; None: experts as they are stored
+    weights: dict[str, Any] | None = None  # what experts or pages in 8 bits cost the answers; None: there are none
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
