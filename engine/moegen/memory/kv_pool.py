@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moegen.errors import SpecError
 from moegen.ops.host_memory import host_zeros
 from moegen.ops.hosted_attention import HostedAttention
 from moegen.ops.kv_pages import CodedPages, LatentPages, LayerPages
@@ -53,9 +54,12 @@ class KVPool:
         self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device,
         hosted: HostedAttention | None = None, groups: Sequence[LayerGroup] = (),
     ) -> None:  # fmt: skip
-        """`device` has the pages: the host, if `hosted` is given. `dtype` may be int8, but not for latents.
+        """`device` has the pages: the host, if `hosted` is given. `dtype` may be int8, but not for latents or an indexer's keys.
 
         `groups`: of layers, in the order of `shapes`; none: all are one.
+
+        Raises:
+            SpecError: int8 of what is not kept so.
         """
         self.hosted = hosted
         self.layers: dict[Any, LayerPages] = {}
@@ -72,7 +76,10 @@ def _layer(shape: KVShape, pages: int, page_tokens: int, dtype: torch.dtype, dev
     keys = _pages((pages, shape.kv_heads, page_tokens, shape.key_dim), dtype, device)
     if shape.latent:
         if dtype == torch.int8:
-            raise ValueError("latents are kept as floats")
+            raise SpecError(
+                "engine.plan.kv_dtype: 'int8' is for keys and values of heads, and this model keeps latents or the keys "
+                "of a sparse attention's indexer; leave it out"
+            )
         return LatentPages.of(keys, shape.value_dim)
     values = _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device)
     if dtype != torch.int8:
