@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import itertools
 import json
 import os
 import random
@@ -363,15 +364,21 @@ def start_in_pairs(bench: Bench, pairs: int) -> dict[str, Any]:
 def pause(bench: Bench, pauses: int) -> dict[str, Any]:
     """A runner is stopped beyond its lease, another finishes or goes on with its job, and the first continues."""
     expected, _, run_s = undisturbed(bench, "pause-straight")
-    noticed, untouched, equal = 0, True, True
-    begun_s = time.monotonic()
-    for number in range(pauses):
+    endings: list[str] = []
+    untouched, equal, begun_s = True, True, time.monotonic()
+    for number in itertools.count():
+        if len(endings) == pauses:
+            break
         folder, output = bench.folder / f"pause-{number}", bench.output(f"pause-{number}")
         spec = bench.spec(output)
         first = Runner(folder / "first", spec)
         until(lambda first=first: first.progress.get("stage") == "running", "the first pass")
         time.sleep(bench.random.uniform(0, run_s / 2))
         first.kill(signal.SIGSTOP)
+        if first.poll() is not None or first.progress.get("stage") != "running":
+            first.kill(signal.SIGCONT)  # it was done before it could be paused in its work
+            first.wait()
+            continue
         second = Runner(folder / "second", spec)
         until(
             lambda second=second: second.progress.get("stage") == "running" or second.poll() is not None, "a successor"
@@ -382,13 +389,15 @@ def pause(bench: Bench, pauses: int) -> dict[str, Any]:
             time.sleep(bench.random.uniform(0, run_s / 2))
         before = {part: describe(part) for part in parts(output)}
         first.kill(signal.SIGCONT)
-        noticed += first.wait() == 75 and "took this job over" in first.log.read_text()
+        told = "took this job over" in first.log.read_text() if first.wait() == 75 else None
+        endings.append("noticed" if told else f"exit {first.exit_code}: {first.log.read_text()[-200:]}")
         second.wait()
         untouched = untouched and all(describe(part) == seen for part, seen in before.items())
         equal = equal and second.exit_code == 0 and answers(output).equals(expected)
     result = {
         "pauses": pauses,
-        "noticed": noticed,
+        "noticed": endings.count("noticed"),
+        "other_endings": [ending for ending in endings if ending != "noticed"],
         "parts_untouched": untouched,
         "tables_equal": equal,
         "seconds": time.monotonic() - begun_s,

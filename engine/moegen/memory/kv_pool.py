@@ -54,7 +54,7 @@ class KVPool:
         self, shapes: Mapping[Any, KVShape], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device,
         hosted: HostedAttention | None = None, groups: Sequence[LayerGroup] = (),
     ) -> None:  # fmt: skip
-        """`device` has the pages: the host, if `hosted` is given. `dtype` may be int8, but not for latents or an indexer's keys.
+        """`device` has the pages: the host, if `hosted` is given. `dtype` may be int8, but not for latents.
 
         `groups`: of layers, in the order of `shapes`; none: all are one.
 
@@ -77,8 +77,8 @@ def _layer(shape: KVShape, pages: int, page_tokens: int, dtype: torch.dtype, dev
     if shape.latent:
         if dtype == torch.int8:
             raise SpecError(
-                "engine.plan.kv_dtype: 'int8' is for keys and values of heads, and this model keeps latents or the keys "
-                "of a sparse attention's indexer; leave it out"
+                "engine.plan.kv_dtype: 'int8' is for keys and values of heads, and this model keeps latents or an "
+                "indexer's keys; leave it out"
             )
         return LatentPages.of(keys, shape.value_dim)
     values = _pages((pages, shape.kv_heads, page_tokens, shape.value_dim), dtype, device)
