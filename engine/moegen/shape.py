@@ -356,7 +356,7 @@ def _index_keys(text: Any, tensors: dict[str, tuple[int, ...]]) -> int:
 
 def _windows(text: Any, tensors: dict[str, tuple[int, ...]]) -> tuple[int | None, ...]:
     """Where every layer is of one of the two common kinds, and all keep the same per token."""
-    if recurrent_layers(text, tensors) or getattr(text, "per_layer_config", None):
+    if recurrent_layers(text, tensors) or getattr(text, "is_heterogeneous", False):
         return ()
     window, longest = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None) or 1 << 30
     kinds = getattr(text, "layer_types", None) or [_SLIDING] * text.num_hidden_layers

@@ -164,7 +164,7 @@ def test_the_plan_says_so() -> None:
 
 
 def test_latents_are_no_codes() -> None:
-    with pytest.raises(ValueError, match="latents are kept as floats"):
+    with pytest.raises(SpecError, match=r"engine\.plan\.kv_dtype: 'int8' is for keys and values of heads"):
         KVPool({0: KVShape(1, 24, 16, latent=True)}, 4, 4, torch.int8, torch.device("cpu"))
     with pytest.raises(SpecError, match=r"engine\.plan\.kv_dtype: 'int8' cannot be used for latents.*latent_kv: false"):
         choose_plan(LATENT, MACHINE, CODED)
