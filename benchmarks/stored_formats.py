@@ -1,6 +1,6 @@
 """One model in bfloat16, in 8 and in 4 bits, with three times its memory budget on disk: what few bits are worth there.
 
-A Qwen3-MoE geometry of 1.6 G expert weights (3 GiB in bfloat16) runs within 1 GiB, page cache counted, in a memory
+A Qwen3-MoE geometry of 2.4 G expert weights (4.5 GiB in bfloat16) runs within 1.5 GiB, page cache counted, in a memory
 cgroup; every format on the same rows, each turn a process of its own. Only experts are in few bits. The disk binds:
 bytes read, and what they cost at the disk's rate measured in this run, stand beside each rate. Needs root.
 
@@ -34,7 +34,7 @@ GEOMETRY = Qwen3MoeConfig(
     architectures=["Qwen3MoeForCausalLM"],
     dtype="bfloat16",
     hidden_size=1024,
-    num_hidden_layers=16,
+    num_hidden_layers=24,
     num_attention_heads=8,
     num_key_value_heads=2,
     head_dim=64,
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--answer-tokens", type=int, default=8)
-    parser.add_argument("--budget-gib", type=float, default=1.0)
+    parser.add_argument("--budget-gib", type=float, default=1.5)
     parser.add_argument("--turn-limit", type=float, default=300, metavar="SECONDS")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "stored_formats.json")
     args = parser.parse_args()

@@ -165,7 +165,7 @@ class Standalone:
         self.end(dag_id, run_id, timeout_s)
         return run_id
 
-    def end(self, dag_id: str, run_id: str, timeout_s: float = 400) -> None:
+    def end(self, dag_id: str, run_id: str, timeout_s: float = 900) -> None:
         """Waits for a Dag run's end; fails unless its state is success."""
         state = wait_until(lambda: self._end_of(dag_id, run_id), f"Dag run {dag_id} ends", timeout_s, 1)
         assert state == "success", self.why(dag_id, run_id)
