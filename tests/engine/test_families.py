@@ -228,7 +228,7 @@ def test_certify_sees_lost_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_certify_sees_unwritten_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerPages, "write", lambda *_: None)
+    monkeypatch.setattr(LayerPages, "put", lambda *_: None)
     with pytest.raises(UnsupportedModel, match="logits differ by"):
         certify(Qwen3MoeConfig())
 

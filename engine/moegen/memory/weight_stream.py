@@ -30,6 +30,7 @@ from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Piece, WeightHomes
 from moegen.memory.weight_slot import Fill, HostCopy, Slot, SlotReader, Work
 from moegen.ops.expert_weights import ExpertGroup
+from moegen.ops.threads import use_threads
 
 Floats = npt.NDArray[np.float64]
 _REMEMBERED = 0.5  # of what experts met, from one pass to the next
@@ -252,6 +253,7 @@ class WeightStream:
     # Reading. The lock is not held while data moves.
 
     def _read_ahead(self, reader: SlotReader) -> None:
+        use_threads(1)  # a team of its own for every copy would fight the arithmetic for the cores
         with self._changed:
             while not self._closed:
                 fill = next((f for piece in self._window if (f := self._fills.get(piece)) and f.works), None)

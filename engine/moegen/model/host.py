@@ -15,6 +15,7 @@ from moegen.memory.kv_pool import KVShape
 from moegen.memory.state_pool import StateShape
 from moegen.model.dense import panel_linears
 from moegen.model.latent import keep_latents
+from moegen.model.norms import row_norms
 from moegen.model.recurrent import RecurrentModule, StateView, hear_of_passes, place_recurrent
 from moegen.model.seams import Done, ExpertStage, Observer, PassContext, Unobserved
 from moegen.model.sparse import PagedIndexer, place_indexers, unmask
@@ -64,6 +65,7 @@ class ModelHost:
             keep_latents(model, stored)
         if model.device.type == "cpu" and model.dtype == torch.float32:
             panel_linears(model, stored)
+            row_norms(model)
         unmask(model)
         hear_of_passes(model, [*place_recurrent(model), *place_indexers(model)])
         if staged:

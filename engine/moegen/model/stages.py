@@ -17,6 +17,7 @@ from torch import nn
 
 from moegen.model.seams import PassContext
 from moegen.model.sparse import cut
+from moegen.ops.expert_weights import empty_rows
 from moegen.schedule.step import AttentionBatch
 
 _PARTS = (  # by the names that families have for them
@@ -61,7 +62,7 @@ class StagedLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The tokens after attention, and what the experts are to see of them: normed while it is in the cache."""
         norm, mixer, next_norm, _ = parts
-        after_1TD, normed_1TD = torch.empty_like(hidden_1TD), torch.empty_like(hidden_1TD)
+        after_1TD, normed_1TD = torch.empty_like(hidden_1TD), empty_rows(hidden_1TD)
         for batch in batches:
             own = slice(batch.first, batch.first + batch.length)
             x_1tD = hidden_1TD[:, own]

@@ -60,17 +60,25 @@ def paged_attention(
     batch: AttentionBatch,
     rule: AttentionRule,
     *,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
     use_kernel: bool = True,
 ) -> torch.Tensor:
-    """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`."""
+    """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`.
+
+    `new`: the batch's own keys and values as the pages give them back, `[T, G, D]` each: spans that begin their
+    sequence need no others.
+    """
     out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(pages.values_PGCD))
     reads = kernel_reads(query_THD, pages.keys_PGCD)
     use_kernel = use_kernel and rule.chosen_TK is None
     rest = batch.prefill if use_kernel and (reads or query_THD.device.type != "cpu") else batch.spans
     for span in rest:
         own = slice(span.first, span.first + span.length)
-        first = rule.first_key(span.kv_length - span.length, pages.page_tokens)
-        keys_GLD, values_GLD = pages.gather(span, first)
+        if new is not None and span.length == span.kv_length:
+            first, (keys_GLD, values_GLD) = 0, (kept[own].transpose(0, 1) for kept in new)
+        else:
+            first = rule.first_key(span.kv_length - span.length, pages.page_tokens)
+            keys_GLD, values_GLD = pages.gather(span, first)
         own_rule = rule if rule.chosen_TK is None else replace(rule, chosen_TK=rule.chosen_TK[own])
         out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, own_rule)
     if rest is batch.spans or not len(batch.decode.rows):

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from moegen.ops.expert_kernel import _TILE_ROWS, PANEL, _tile, own_panels
 from moegen.ops.kernel_cache import lock_kernel_cache
-from moegen.ops.vector_ir import I8, I32, LANES, V16, V32, VF, as_floats, at, i64, load, splat, store, v32, vf
+from moegen.ops.vector_ir import I8, I32, LANES, V16, V32, VF, as_floats, at, i64, load, nbytes, store, v32, vf
 from moegen.ops.weight_codes import AWQ_SHIFTS, HALF_FACTOR
 
 lock_kernel_cache()
@@ -120,43 +120,57 @@ def _expand_block(typing: Any, scale_kind: Any, kind: Any, codes: Any, stride: A
 
 
 @intrinsic
-def _expand_words_down(typing: Any, scale_kind: Any, bits: Any, codes: Any, scales: Any, zeros: Any, to: Any) -> Any:
-    """The inputs that are in one word of each of LANES outputs (GPTQ)."""
+def _expand_words_down(typing: Any, scale_kind: Any, bits: Any, count: Any, codes: Any, stride: Any, scales: Any,
+                       zeros: Any, to: Any) -> Any:  # fmt: skip
+    """The inputs of one group that are in `count` rows of words, `stride` bytes apart: a word per output (GPTQ)."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, bits, codes, scales, zeros, to = args
-        words, scale, zero = load(b, codes, V32), as_floats(b, scales, scale_kind), _zeros_at(b, zeros)
-        wide = splat(b, b.trunc(bits, I32))
-        mask = b.sub(b.shl(v32([1] * LANES), wide), v32([1] * LANES))
-        with cgutils.for_range(b, b.sdiv(i64(32), bits)) as loop:
-            shift = splat(b, b.trunc(b.mul(loop.index, bits), I32))
-            value = b.sitofp(b.and_(b.lshr(words, shift), mask), VF)
-            store(b, _scaled(b, value, zero, scale), at(b, to, loop.index, 4 * PANEL))
+        _, bits, count, codes, stride, scales, zeros, to = args
+        parts = _parts(b, scales, scale_kind, zeros)
+        for wide in (4, 8):
+            with b.if_then(b.icmp_signed("==", bits, i64(wide))), cgutils.for_range(b, count) as row:
+                words = b.add(codes, b.mul(row.index, stride))
+                out = at(b, to, b.mul(row.index, i64(32 // wide)), 4 * PANEL)
+                for v, (scale, zero) in enumerate(parts):
+                    own = load(b, at(b, words, v * LANES, 4), V32)
+                    for place in range(32 // wide):
+                        field = b.and_(b.lshr(own, v32([place * wide] * LANES)), v32([(1 << wide) - 1] * LANES))
+                        value = _scaled(b, b.sitofp(field, VF), zero, scale)
+                        store(b, value, at(b, out, place * PANEL + v * LANES, 4))
         return context.get_dummy_value()
 
-    return types.void(scale_kind, *[types.intp] * 5), generate
+    return types.void(scale_kind, *[types.intp] * 7), generate
 
 
 @intrinsic
-def _expand_words_across(typing: Any, scale_kind: Any, output: Any, codes: Any, scales: Any, zeros: Any, to: Any
-                         ) -> Any:  # fmt: skip
-    """LANES outputs from `output` on of one input (AWQ); `codes` is the address of the first one's word."""
+def _expand_words_across(typing: Any, scale_kind: Any, count: Any, codes: Any, stride: Any, scales: Any, zeros: Any,
+                         to: Any) -> Any:  # fmt: skip
+    """`count` inputs of one group, `stride` bytes apart: a word has eight outputs of one (AWQ)."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, output, codes, scales, zeros, to = args
-        scale, zero = as_floats(b, scales, scale_kind), _zeros_at(b, zeros)
-        count = max(LANES // 8, 1)
-        kind = ir.VectorType(I32, count)
-        few = b.load(b.inttoptr(codes, kind.as_pointer()), align=4)
-        words = b.shuffle_vector(few, few, v32([lane // 8 for lane in range(LANES)]))
-        # Where a vector is half a word, the upper half's fields lie 8 bits above the lower's.
-        above = splat(b, b.trunc(b.mul(b.and_(output, i64(4)), i64(2)), I32))
-        shifts = b.add(v32([AWQ_SHIFTS[lane % 8] for lane in range(LANES)]), above)
-        value = b.sitofp(b.and_(b.lshr(words, shifts), v32([15] * LANES)), VF)
-        store(b, _scaled(b, value, zero, scale), to)
+        _, count, codes, stride, scales, zeros, to = args
+        parts = _parts(b, scales, scale_kind, zeros)
+        words = ir.VectorType(I32, PANEL // 8)
+        with cgutils.for_range(b, count) as i:
+            place = b.inttoptr(b.add(codes, b.mul(i.index, stride)), words.as_pointer())
+            all_words, out = b.load(place, align=4), at(b, to, i.index, 4 * PANEL)
+            for v, (scale, zero) in enumerate(parts):
+                outputs = range(v * LANES, (v + 1) * LANES)
+                own = b.shuffle_vector(all_words, all_words, v32([output // 8 for output in outputs]))
+                shifts = v32([AWQ_SHIFTS[output % 8] for output in outputs])
+                field = b.and_(b.lshr(own, shifts), v32([15] * LANES))
+                store(b, _scaled(b, b.sitofp(field, VF), zero, scale), at(b, out, v * LANES, 4))
         return context.get_dummy_value()
 
-    return types.void(scale_kind, *[types.intp] * 5), generate
+    return types.void(scale_kind, *[types.intp] * 6), generate
+
+
+def _parts(b: ir.IRBuilder, scales: ir.Value, kind: types.Type, zeros: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """Scale and zero of each vector of a panel: read once for a group of inputs, and kept in registers."""
+    return [
+        (as_floats(b, at(b, scales, v * LANES, nbytes(kind)), kind), _zeros_at(b, at(b, zeros, v * LANES, 2)))
+        for v in range(PANEL // LANES)
+    ]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -176,10 +190,11 @@ def expand_panel(order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, p
     scales = scales_EGO.ctypes.data + expert * groups * outputs * scale_bytes
     zeros = zeros_EGO.ctypes.data + (expert * groups * outputs * 2 if own_zeros else 0)
     out = to_IP.ctypes.data
-    for output in range(panel * PANEL, (panel + 1) * PANEL, LANES):
-        to = out + (output - panel * PANEL) * 4
-        if order == 0:
-            at_once = LANES * 8 // bits
+    first = panel * PANEL
+    if order == 0:
+        at_once = LANES * 8 // bits
+        for output in range(first, first + PANEL, LANES):
+            to = out + (output - first) * 4
             for block in range(width // LANES):
                 g = min(block * at_once // group, groups - 1)
                 of_group = g * outputs + output
@@ -187,21 +202,22 @@ def expand_panel(order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, p
                     scale_kind, kind, codes + output * width + block * LANES, width, scales + of_group * scale_bytes,
                     zeros + (of_group if own_zeros else output) * 2, to + block * at_once * PANEL * 4,
                 )  # fmt: skip
-        elif order == 1:
-            in_word = 32 // bits
-            for word in range(pieces):
-                of_group = min(word * in_word // group, groups - 1) * outputs + output
-                _expand_words_down(
-                    scale_kind, bits, codes + word * width + output * 4, scales + of_group * scale_bytes,
-                    zeros + of_group * 2, to + word * in_word * PANEL * 4,
-                )  # fmt: skip
+        return
+    inputs = 32 // bits if order == 1 else 1  # of one row of words
+    for g in range(groups):
+        row = g * group // inputs
+        count = (pieces if g == groups - 1 else (g + 1) * group // inputs) - row
+        of_group = g * outputs + first
+        own_scales, own_zeros_at = scales + of_group * scale_bytes, zeros + of_group * 2
+        to = out + row * inputs * PANEL * 4
+        if order == 1:
+            _expand_words_down(
+                scale_kind, bits, count, codes + row * width + first * 4, width, own_scales, own_zeros_at, to
+            )
         else:
-            for i in range(pieces):
-                of_group = min(i // group, groups - 1) * outputs + output
-                _expand_words_across(
-                    scale_kind, output, codes + i * width + output // 8 * 4, scales + of_group * scale_bytes,
-                    zeros + of_group * 2, to + i * PANEL * 4,
-                )  # fmt: skip
+            _expand_words_across(
+                scale_kind, count, codes + row * width + first // 2, width, own_scales, own_zeros_at, to
+            )
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")

@@ -129,12 +129,18 @@ class PlainMatrix:
 
 def laid_out(x_TI: torch.Tensor) -> torch.Tensor:
     """In float32, rows `row_width` apart, as the CPU's kernel reads them; returned as it is where it lies so."""
-    tokens, inputs = x_TI.shape
-    width = row_width(inputs)
+    width = row_width(x_TI.shape[1])
     if x_TI.dtype == torch.float32 and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
         return x_TI
-    laid_TI = torch.empty(tokens, width)[:, :inputs]
-    return laid_TI.copy_(x_TI)
+    return empty_rows(x_TI).copy_(x_TI)
+
+
+def empty_rows(x_TI: torch.Tensor) -> torch.Tensor:
+    """A float32 tensor of `x`'s shape, `[..., T, I]`, as `laid_out` leaves one; elsewhere than on a CPU, as `x` is."""
+    if x_TI.device.type != "cpu":
+        return torch.empty_like(x_TI)
+    *tokens, inputs = x_TI.shape
+    return torch.empty(*tokens, row_width(inputs))[..., :inputs]
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

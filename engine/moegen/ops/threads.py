@@ -9,6 +9,15 @@ import numba
 import torch
 
 
+def use_threads(count: int) -> None:
+    """Of torch, for what the calling thread asks of it from now on.
+
+    torch has a number for each thread, but takes the last one that any thread set when it is first asked for it.
+    """
+    torch.set_num_threads(count)
+    torch.get_num_threads()
+
+
 @contextmanager
 def numba_threads() -> Iterator[int]:
     """For a compiled parallel call: gives Numba torch's number of threads, and that number.

@@ -9,6 +9,8 @@ Shape suffixes: O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from moegen.coding import WHOLE_INPUTS, Coding
@@ -60,13 +62,19 @@ def _values(codes: torch.Tensor, coding: Coding) -> torch.Tensor:
 
 def _fields(words: torch.Tensor, shifts: tuple[int, ...], bits: int) -> torch.Tensor:
     """`[..., n]`: the fields of every 32-bit word."""
-    return (words[..., None] >> torch.tensor(shifts, dtype=torch.int32, device=words.device)) & ((1 << bits) - 1)
+    return (words[..., None] >> _on(words.device, shifts)).bitwise_and_((1 << bits) - 1)
+
+
+@cache  # there are zeros for every matrix of every expert of every pass
+def _on(device: torch.device, shifts: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(shifts, dtype=torch.int32, device=device)
 
 
 def zeros_of(words: torch.Tensor, coding: Coding) -> torch.Tensor:
-    """`[G, O]` int16 of stored zeros `[G, O / n]`: packed along outputs, in AWQ's order or GPTQ's plain one."""
+    """`[G, O]` int32 of stored zeros `[G, O / n]`: packed along outputs, in AWQ's order or GPTQ's plain one."""
     shifts = AWQ_SHIFTS if coding.order == "words across outputs" else tuple(range(0, 32, coding.bits))
-    return (_fields(words, shifts, coding.bits).flatten(-2) + coding.zero_shift).to(torch.int16)
+    zeros_GO = _fields(words, shifts, coding.bits).flatten(-2)
+    return zeros_GO.add_(coding.zero_shift) if coding.zero_shift else zeros_GO
 
 
 def scales_of(stored: torch.Tensor, coding: Coding, outputs: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from moegen.ops.likelihood import rate_continuations, token_logprobs
 from moegen.ops.link import Link
 from moegen.ops.micro_batch import MicroBatch
 from moegen.ops.sampling import sample
+from moegen.ops.threads import use_threads
 from moegen.ops.weight_codes import OWN_CODINGS
 from moegen.plan.plan import Plan
 from moegen.row import RowError, Status
@@ -84,7 +85,7 @@ class Engine:
             BudgetError: the device has no room for what the plan puts there.
         """
         started = time.monotonic()
-        torch.set_num_threads(plan.threads)
+        use_threads(plan.threads)
         keep_freed_memory()
         way = certify(read_config(model_uri), latent_kv=plan.latent_kv)
         with ExitStack() as stack:

@@ -63,8 +63,9 @@ class Pass:
                 raise BudgetError("engine.plan.kv_home: layers with a sparse indexer run with 'device' only")
             if self.pool.hosted is not None:
                 return self.pool.hosted.attend(query_THD[own], key_TGD[own], value_TGD[own], pages, batch, rule)
-            pages.write(key_TGD[own], value_TGD[own], batch)
-            return paged_attention(query_THD[own], pages, batch, rule)
+            kept = pages.kept(key_TGD[own], value_TGD[own])
+            pages.put(kept, batch)
+            return paged_attention(query_THD[own], pages, batch, rule, new=pages.pair(kept) if batch.prefill else None)
 
         def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
             return torch.cat([one(batch, slice(batch.first, batch.first + batch.length)) for batch in batches])
