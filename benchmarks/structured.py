@@ -23,6 +23,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moegen.cores import share_cores
+
+share_cores()  # as every command does, before torch is imported
+
 import jsonschema
 import llguidance
 import numpy as np

@@ -17,6 +17,8 @@ _TOLERANCE = 1e-5  # of a float32 sum over some thousand features
 class RowNorm(nn.Module):
     """Takes the place of a norm that `is_plain_norm`."""
 
+    weight: torch.Tensor
+
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.weight = norm.weight
