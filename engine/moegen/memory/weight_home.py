@@ -22,6 +22,7 @@ from moegen.memory.stored_experts import ExpertSource, StoredProjection
 from moegen.ops.coded_matrix import CodedMatrix, Empty
 from moegen.ops.expert_weights import ExpertGroup, ExpertMatrix, PlainMatrix, expert_matrix
 from moegen.ops.host_memory import host_zeros
+from moegen.ops.threads import use_threads
 from moegen.units import format_bytes
 
 _ALIGNED = 64  # bytes; where tensors of the slab begin
@@ -173,7 +174,7 @@ def read_all(reads: Iterable[tuple[ExpertGroup, ReadRequest]], files: DirectFile
         group, request = item
         request.read_into(group, files, own.buffer)
 
-    with ThreadPoolExecutor(readers, thread_name_prefix="moegen-load") as pool:
+    with ThreadPoolExecutor(readers, "moegen-load", use_threads, (1,)) as pool:
         for _ in pool.map(read, reads):
             pass
 

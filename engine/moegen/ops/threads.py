@@ -1,4 +1,4 @@
-"""Numba's threads beside torch's: as many, of the same pool."""
+"""How many threads compute: torch's, and Numba's beside them, as many of the same pool."""
 
 from __future__ import annotations
 
