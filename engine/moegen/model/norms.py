@@ -19,7 +19,7 @@ class RowNorm(nn.Module):
 
     weight: torch.Tensor
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight = norm.weight
         self.variance_epsilon = _epsilon(norm)
