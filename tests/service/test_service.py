@@ -214,7 +214,8 @@ def test_a_service_stopped_during_a_job_ends_its_runner_first(start: Start, job_
     service.start()
     job = service.wait("job", lambda job: job["attempts"] == 2)
     assert (job["state"], job["exit_code"], job["error"]) == ("running", None, None)
-    assert service.job("job")["progress"]["rows_committed"] >= committed
+    found = service.wait("job", lambda job: (job["progress"] or {}).get("rows_committed"))  # once it has looked
+    assert found["progress"]["rows_committed"] >= committed
 
 
 def test_a_second_service_on_the_same_folder_is_refused(start: Start, tmp_path: Path) -> None:

@@ -132,15 +132,15 @@ def laid_out(x_TI: torch.Tensor) -> torch.Tensor:
     width = row_width(x_TI.shape[1])
     if x_TI.dtype == torch.float32 and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
         return x_TI
-    return empty_rows(x_TI).copy_(x_TI)
+    return empty_rows(x_TI, torch.float32).copy_(x_TI)
 
 
-def empty_rows(x_TI: torch.Tensor) -> torch.Tensor:
-    """A float32 tensor of `x`'s shape, `[..., T, I]`, as `laid_out` leaves one; elsewhere than on a CPU, as `x` is."""
+def empty_rows(x_TI: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Of `x`'s shape `[..., T, I]`, and dtype if none is given; on a CPU rows lie as `laid_out` has them."""
     if x_TI.device.type != "cpu":
-        return torch.empty_like(x_TI)
+        return torch.empty_like(x_TI, dtype=dtype)
     *tokens, inputs = x_TI.shape
-    return torch.empty(*tokens, row_width(inputs))[..., :inputs]
+    return torch.empty(*tokens, row_width(inputs), dtype=dtype or x_TI.dtype)[..., :inputs]
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
