@@ -1,8 +1,8 @@
 """One model in bfloat16, in 8 and in 4 bits, with three times its memory budget on disk: what few bits are worth there.
 
 A Qwen3-MoE geometry of 2.4 G expert weights (4.5 GiB in bfloat16) runs within 1.5 GiB, page cache counted, in a memory
-cgroup; every format on the same rows, each turn a process of its own. Only experts are in few bits. The disk binds:
-bytes read, and what they cost at the disk's rate measured in this run, stand beside each rate. Needs root.
+cgroup; every format on the same rows, each turn a process of its own. Only experts are in few bits. Bytes
+read, and what they cost at the disk's rate measured in this run, stand beside each rate. Needs root.
 
     python benchmarks/stored_formats.py --folder DISK [--formats bf16 fp8 int8 int4 awq gptq] [--rows 96]
 """

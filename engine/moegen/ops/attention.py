@@ -11,7 +11,7 @@ head, queries absorbed before and answers lifted after; a prompt's heads may be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,13 +60,13 @@ def paged_attention(
     batch: AttentionBatch,
     rule: AttentionRule,
     *,
-    new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    new: Sequence[torch.Tensor] | None = None,
     use_kernel: bool = True,
 ) -> torch.Tensor:
     """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`.
 
-    `new`: the batch's own keys and values as the pages give them back, `[T, G, D]` each: spans that begin their
-    sequence need no others.
+    `new`: what the pages keep of the batch's own tokens (`LayerPages.kept`): spans that begin their sequence need no
+    more.
     """
     out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(pages.values_PGCD))
     reads = kernel_reads(query_THD, pages.keys_PGCD)
@@ -75,7 +75,8 @@ def paged_attention(
     for span in rest:
         own = slice(span.first, span.first + span.length)
         if new is not None and span.length == span.kv_length:
-            first, (keys_GLD, values_GLD) = 0, (kept[own].transpose(0, 1) for kept in new)
+            first = 0
+            keys_GLD, values_GLD = (x.transpose(0, 1) for x in pages.pair([kept[own] for kept in new]))
         else:
             first = rule.first_key(span.kv_length - span.length, pages.page_tokens)
             keys_GLD, values_GLD = pages.gather(span, first)

@@ -65,7 +65,7 @@ class Pass:
                 return self.pool.hosted.attend(query_THD[own], key_TGD[own], value_TGD[own], pages, batch, rule)
             kept = pages.kept(key_TGD[own], value_TGD[own])
             pages.put(kept, batch)
-            return paged_attention(query_THD[own], pages, batch, rule, new=pages.pair(kept) if batch.prefill else None)
+            return paged_attention(query_THD[own], pages, batch, rule, new=kept)
 
         def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
             return torch.cat([one(batch, slice(batch.first, batch.first + batch.length)) for batch in batches])
