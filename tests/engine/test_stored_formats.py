@@ -14,13 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from moegen.coding import WHOLE_INPUTS, CodedTensor, Coding
 from moegen.errors import CheckpointError, UnsupportedModel
 from moegen.memory.checkpoint import Checkpoint
+from moegen.memory.direct_read import ReadBuffer
+from moegen.memory.weight_home import Arithmetic
+from moegen.ops.code_placing import PARTS, SCALE_DTYPES, Run
 from moegen.ops.coded_matrix import CodedMatrix
 from moegen.ops.expert_kernel import PANEL
+from moegen.ops.weight_codes import scales_of
 from moegen.plan.explain import explain
 from moegen.plan.footprint import Footprint
 from moegen.plan.outlook import Outlook
@@ -171,6 +176,49 @@ def test_the_kernel_multiplies_with_what_the_codes_mean(coding: Coding) -> None:
         torch.set_num_threads(2)
         assert torch.equal(matrix.linear(x, counts, tokens), got), "or on the number of threads"
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_parts_are_placed_at_once_as_they_are_one_by_one(name: str, folders: Any) -> None:
+    arithmetic = Arithmetic(torch.device("cpu"), torch.float32)
+    with Checkpoint(folders[name][0]) as checkpoint:
+        for source in checkpoint.load_dense(torch.float32, torch.device("cpu"))[1].values():
+            at_once, one_by_one = (arithmetic.empty_group(source, 2, 2) for _ in range(2))
+            for request in source.requests(2, 2):
+                request.read_into(at_once, checkpoint.files, ReadBuffer())
+                data = checkpoint.files.read(request.file, request.start, request.nbytes, ReadBuffer())
+                for part in request.parts:
+                    offset = part.rows.start - request.start
+                    matrix = one_by_one.up if part.is_up else one_by_one.down
+                    part.rows.place(data[offset : offset + part.rows.nbytes], matrix, 2)
+            for got, wanted in ((at_once.up, one_by_one.up), (at_once.down, one_by_one.down)):
+                assert isinstance(got, CodedMatrix)
+                assert isinstance(wanted, CodedMatrix)
+                for own, other in zip(got.tensors, wanted.tensors, strict=True):
+                    assert other.any()
+                    assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8], ids=str)
+def test_scales_of_every_dtype_are_placed_as_torch_reads_them(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    stored = {
+        torch.float32: every.view(torch.bfloat16).float(), torch.float16: every.view(torch.float16),
+        torch.bfloat16: every.view(torch.bfloat16), torch.uint8: torch.arange(1, 255, dtype=torch.uint8),
+    }[dtype]  # fmt: skip
+    stored = stored[stored.float().isfinite()][None].contiguous()
+    outputs = stored.shape[1]
+    for order in ("words down inputs", "rows"):
+        if dtype == torch.uint8 and order != "rows":
+            continue
+        coding = Coding("any", "uint8", order, WHOLE_INPUTS, zero=None)
+        matrix = CodedMatrix(2, outputs, 8, coding, torch.float32, _zeros)
+        shape = (1, outputs) if order != "rows" else (outputs, 1)
+        data = torch.cat([torch.zeros(1, dtype=torch.uint8), stored.view(-1).view(torch.uint8)])  # not aligned
+        matrix.place_runs(data, np.array([Run(PARTS["scales"], 1, 4, 0, outputs, *shape, SCALE_DTYPES[dtype])]), 3)
+        wanted = scales_of(stored.view(shape), coding, outputs).float()
+        assert torch.equal(matrix.scales_EGO[1, :, :outputs], wanted)
+        assert not matrix.scales_EGO[0].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ import torch
 
 from moegen.coding import CodedTensor
 from moegen.memory.traced import DTYPES, Block
+from moegen.ops.code_placing import PARTS, SCALE_DTYPES, Run
 from moegen.ops.coded_matrix import CodedMatrix
 from moegen.ops.expert_weights import ExpertMatrix
 from moegen.ops.weight_codes import scales_of, zeros_of
@@ -68,6 +69,13 @@ class CodedRows:
                 start=self.start + done * row_bytes,
                 shape=(rows, *self.shape[1:]),
             )
+
+    def run(self, start: int) -> Run:
+        """It, in a read that begins at byte `start` of the file."""
+        lines, line_elements = self.shape if self.shape else (1, 1)
+        element = SCALE_DTYPES[self.dtype] if self.part == "scales" else self.dtype.itemsize
+        at = self.start - start
+        return Run(PARTS[self.part], at, self.expert, self.first_row, self.rows, lines, line_elements, element)
 
     def place(self, data: torch.Tensor, matrix: ExpertMatrix, first_expert: int) -> None:
         """Puts the bytes `data` (`[nbytes]` uint8) into `matrix`, whose expert 0 is the layer's `first_expert`."""

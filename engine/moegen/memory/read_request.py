@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+
+from moegen.memory.coded_rows import CodedRows
 from moegen.memory.direct_read import READ_BYTES, DirectFiles, ReadBuffer
 from moegen.memory.stored_rows import Rows
+from moegen.ops.coded_matrix import CodedMatrix
 from moegen.ops.expert_weights import ExpertGroup
 from moegen.units import KIB, MIB
 
@@ -22,7 +27,7 @@ class Part:
     rows: Rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReadRequest:
     """One read from one file, and the rows that it brings."""
 
@@ -39,10 +44,24 @@ class ReadRequest:
     def read_into(self, group: ExpertGroup, files: DirectFiles, buffer: ReadBuffer) -> None:
         """Reads and places. Raises `StorageError` when the disk or the file fails."""
         data = files.read(self.file, self.start, self.nbytes, buffer)
-        for part in self.parts:
-            offset = part.rows.start - self.start
-            matrix = group.up if part.is_up else group.down
-            part.rows.place(data[offset : offset + part.rows.nbytes], matrix, group.first)
+        for is_up, matrix in ((True, group.up), (False, group.down)):
+            if isinstance(matrix, CodedMatrix) and matrix.codes.device.type == "cpu" and is_up in self._runs:
+                matrix.place_runs(data, self._runs[is_up], group.first)
+                continue
+            for rows in (part.rows for part in self.parts if part.is_up == is_up):
+                offset = rows.start - self.start
+                rows.place(data[offset : offset + rows.nbytes], matrix, group.first)
+
+    @cached_property  # it is read again in every pass
+    def _runs(self) -> dict[bool, np.ndarray]:
+        """By projection, if all that it brings is coded: the runs, `[N, F]`."""
+        found: dict[bool, np.ndarray] = {}
+        for is_up in (True, False):
+            rows = [part.rows for part in self.parts if part.is_up == is_up]
+            coded = [own.run(self.start) for own in rows if isinstance(own, CodedRows)]
+            if coded and len(coded) == len(rows):
+                found[is_up] = np.array(coded, np.int64)
+        return found
 
 
 def coalesced(parts: Iterable[Part]) -> Iterator[ReadRequest]:

@@ -1,75 +1,79 @@
 """The expert GEMM on the CPU over weights in few bits: expanded panel by panel, in a core's own cache.
 
-Weights lie in memory as the checkpoint stores them. For every panel of outputs a thread expands the codes once, to
-float32 in a scratch panel of its own that stays in its second-level cache, and all rows of the expert then meet it in
-the tiles of `moegen.ops.expert_kernel`. So a weight of 4 or 8 bits costs that much memory traffic, its value is
-`(code - zero) * scale` rounded once to float32, and the sums are those of float32 weights, whatever the batch.
+Weights lie in memory as the checkpoint stores them. Of every panel of outputs a thread expands `BLOCK_INPUTS` inputs at
+a time, to float32 in scratch of its own that stays in its first-level cache, and all rows of the expert then meet them
+in the tiles of `moegen.ops.expert_kernel`, where their sums go on. So a weight of 4 or 8 bits costs that much memory
+traffic, its value is `(code - zero) * scale` rounded once to float32, and the sums are those of float32 weights,
+whatever the batch.
 
-Codes that are stored row after row are transposed on the way, as bytes: a block of `LANES` bytes of `LANES` outputs
-becomes, byte column by byte column, vectors of outputs.
+Codes that are stored row after row are transposed on the way, as words: `LANES` words of `LANES` outputs become `LANES`
+vectors of outputs, whose words hold consecutive inputs.
 
 Shape suffixes: T tokens, S rows sorted by expert, E experts, I inputs, O outputs, G groups of inputs, P = PANEL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from moegen.ops.expert_kernel import _TILE_ROWS, PANEL, _tile, own_panels
+from moegen.ops.expert_kernel import PANEL, TILE_ROWS, add_tile, claim, own_panels, share_of, shares_of
 from moegen.ops.kernel_cache import lock_kernel_cache
-from moegen.ops.vector_ir import I8, I32, LANES, V16, V32, VF, as_floats, at, i64, load, nbytes, store, v32, vf
+from moegen.ops.vector_ir import (
+    I32,
+    LANES,
+    LINE_BYTES,
+    V16,
+    V32,
+    VF,
+    as_floats,
+    at,
+    i64,
+    load,
+    nbytes,
+    prefetch,
+    store,
+    transposed,
+    v32,
+    vf,
+)
 from moegen.ops.weight_codes import AWQ_SHIFTS, HALF_FACTOR
 
 lock_kernel_cache()
 
-ROW_BLOCK = 18 * _TILE_ROWS  # rows that meet an expanded panel before the next panel is expanded
+ROW_BLOCK = 18 * TILE_ROWS  # rows that meet expanded weights before the next are expanded
+BLOCK_INPUTS = 128  # that are expanded at once; a multiple of what one piece of a row has
 KINDS = {"fp8_e4m3": 0, "int8": 1, "uint8": 2, "fp4_e2m1": 3, "uint4": 4}
 ORDERS = {"rows": 0, "words down inputs": 1, "words across outputs": 2}
-ROW_BYTES = LANES  # rows are read in pieces of so many bytes: theirs are a multiple
-_V8 = ir.VectorType(I8, LANES)
+ROW_BYTES = 4 * LANES  # rows are read in pieces of so many bytes: theirs are a multiple
+_BITS = {kind: 4 if number >= 3 else 8 for kind, number in KINDS.items()}
+_SCALE_INPUTS = 32  # groups of inputs that share a scale are multiples of it
 
 
-def _v16(value: int) -> ir.Constant:
-    return ir.Constant(V16, [value] * LANES)
+def _words(value: int) -> ir.Constant:
+    return v32([value] * LANES)
 
 
-def _v8(value: int) -> ir.Constant:
-    return ir.Constant(_V8, [value] * LANES)
-
-
-def _from_half(b: ir.IRBuilder, code: ir.Value, magnitude: int, left: int, sign: int, sign_left: int) -> ir.Value:
-    wide = b.zext(code, V16)
-    bits = b.or_(b.shl(b.and_(wide, _v16(magnitude)), _v16(left)), b.shl(b.and_(wide, _v16(sign)), _v16(sign_left)))
-    return b.fpext(b.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VF)
-
-
-_VALUES: dict[str, Callable[[ir.IRBuilder, ir.Value], ir.Value]] = {  # of a vector of codes, a byte each
-    "fp8_e4m3": lambda b, code: _from_half(b, code, 0x7F, 7, 0x80, 8),
-    "int8": lambda b, code: b.sitofp(b.sext(code, V32), VF),
-    "uint8": lambda b, code: b.sitofp(b.zext(code, V32), VF),
-    "fp4_e2m1": lambda b, code: _from_half(b, code, 7, 9, 8, 12),
-    "uint4": lambda b, code: b.sitofp(b.zext(code, V32), VF),
-}
-
-
-def _transposed_bytes(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
-    """LANES vectors of bytes, by columns: neighbours are interleaved until each vector is one column."""
-    half = LANES // 2
-    low = v32([lane // 2 + (LANES if lane % 2 else 0) for lane in range(LANES)])
-    high = v32([half + lane // 2 + (LANES if lane % 2 else 0) for lane in range(LANES)])
-    distance = 1
-    while distance < LANES:
-        pairs = [(rows[i], rows[i + half]) for i in range(half)]
-        rows = [b.shuffle_vector(*pair, mask) for pair in pairs for mask in (low, high)]
-        distance *= 2
-    return rows
+def _value(b: ir.IRBuilder, kind: str, words: ir.Value, place: int) -> ir.Value:
+    """Of the codes that each word holds, the one at `place` from the lowest bits on, as float32 (over a power of two:
+    see `HALF_FACTOR`)."""
+    bits = _BITS[kind]
+    if kind == "int8":
+        return b.sitofp(b.ashr(b.shl(words, _words(24 - 8 * place)), _words(24)), VF)
+    code = b.and_(b.lshr(words, _words(place * bits)), _words((1 << bits) - 1))
+    if kind in ("uint8", "uint4"):
+        return b.sitofp(code, VF)
+    magnitude, left, sign, sign_left = (0x7F, 7, 0x80, 8) if kind == "fp8_e4m3" else (7, 9, 8, 12)
+    half = b.or_(
+        b.shl(b.and_(code, _words(magnitude)), _words(left)), b.shl(b.and_(code, _words(sign)), _words(sign_left))
+    )
+    return b.fpext(b.bitcast(b.trunc(half, V16), ir.VectorType(ir.HalfType(), LANES)), VF)
 
 
 def _scaled(b: ir.IRBuilder, value: ir.Value, zero: ir.Value | None, scale: ir.Value) -> ir.Value:
@@ -81,42 +85,55 @@ def _zeros_at(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def _expand_block(typing: Any, scale_kind: Any, kind: Any, codes: Any, stride: Any, scales: Any, zeros: Any, to: Any
-                  ) -> Any:  # fmt: skip
-    """LANES bytes of each of LANES outputs, expanded to consecutive inputs at `to`, PANEL floats apart.
+def _expand_block(
+    typing: Any, scale_kind: Any, kind: Any, codes: Any, stride: Any, scales: Any, scale_step: Any, zeros: Any,
+    zero_step: Any, first: Any, group: Any, groups: Any, to: Any,
+) -> Any:  # fmt: skip
+    """`ROW_BYTES` of each of LANES outputs, expanded to consecutive inputs, `first ..`, at `to`, PANEL floats apart.
 
-    `codes`, `scales`, `zeros` (int16; not read for floating codes) and `to` are addresses, of output 0 and its input 0.
+    `codes` (of output 0 and its input `first`), `scales`, `zeros` (int16; not read for floating codes; both of output 0
+    and group 0) and `to` are addresses; a group's scales and zeros are a step from those of the group before.
     """
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, kind, codes, stride, scales, zeros, to = args
-        columns = _transposed_bytes(
-            b, [b.load(b.inttoptr(at(b, codes, b.mul(i64(row), stride), 1), _V8.as_pointer()), align=1)
-                for row in range(LANES)]
-        )  # fmt: skip
-        scale = as_floats(b, scales, scale_kind)
+        _, kind, codes, stride, scales, scale_step, zeros, zero_step, first, group, groups, to = args
+        columns = transposed(b, [load(b, b.add(codes, b.mul(i64(row), stride)), V32) for row in range(LANES)])
+        last = b.sub(groups, i64(1))
         end = b.append_basic_block("expanded")
         choice = b.switch(kind, end)
         for name, number in KINDS.items():
             block = b.append_basic_block(name)
             choice.add_case(i64(number), block)
             b.position_at_end(block)
-            factor = HALF_FACTOR.get(name)
-            own_scale = scale if factor is None else b.fmul(scale, vf(factor))
-            zero = None if factor else _zeros_at(b, zeros)
-            place = 0
-            for column in columns:
-                nibbles = name in ("fp4_e2m1", "uint4")
-                codes_of = [b.and_(column, _v8(15)), b.lshr(column, _v8(4))] if nibbles else [column]
-                for code in codes_of:
-                    value = _scaled(b, _VALUES[name](b, code), zero, own_scale)
-                    store(b, value, at(b, to, place, 4 * PANEL))
-                    place += 1
+            factor, per_word = HALF_FACTOR.get(name), 32 // _BITS[name]
+            scale, zero = vf(1.0), None
+            for place in range(LANES * per_word):
+                if place % _SCALE_INPUTS == 0:
+                    own = b.sdiv(b.add(first, i64(place)), group)
+                    own = b.select(b.icmp_signed("<", own, last), own, last)
+                    scale = as_floats(b, b.add(scales, b.mul(own, scale_step)), scale_kind)
+                    if factor is not None:
+                        scale = b.fmul(scale, vf(factor))
+                    else:
+                        zero = _zeros_at(b, b.add(zeros, b.mul(own, zero_step)))
+                value = _value(b, name, columns[place // per_word], place % per_word)
+                store(b, _scaled(b, value, zero, scale), at(b, to, place, 4 * PANEL))
             b.branch(end)
         b.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(scale_kind, *[types.intp] * 6), generate
+    return types.void(scale_kind, *[types.intp] * 11), generate
+
+
+@intrinsic
+def _fetch(typing: Any, address: Any) -> Any:
+    """The line there, soon to be read."""
+
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        prefetch(b, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
 
 
 @intrinsic
@@ -130,12 +147,13 @@ def _expand_words_down(typing: Any, scale_kind: Any, bits: Any, count: Any, code
         for wide in (4, 8):
             with b.if_then(b.icmp_signed("==", bits, i64(wide))), cgutils.for_range(b, count) as row:
                 words = b.add(codes, b.mul(row.index, stride))
+                for line in range(0, 4 * PANEL, LINE_BYTES):  # of the next panel: no hardware looks across pages
+                    prefetch(b, at(b, words, 4 * PANEL + line, 1))
                 out = at(b, to, b.mul(row.index, i64(32 // wide)), 4 * PANEL)
                 for v, (scale, zero) in enumerate(parts):
                     own = load(b, at(b, words, v * LANES, 4), V32)
                     for place in range(32 // wide):
-                        field = b.and_(b.lshr(own, v32([place * wide] * LANES)), v32([(1 << wide) - 1] * LANES))
-                        value = _scaled(b, b.sitofp(field, VF), zero, scale)
+                        value = _scaled(b, _value(b, f"uint{wide}", own, place), zero, scale)
                         store(b, value, at(b, out, place * PANEL + v * LANES, 4))
         return context.get_dummy_value()
 
@@ -154,6 +172,7 @@ def _expand_words_across(typing: Any, scale_kind: Any, count: Any, codes: Any, s
         with cgutils.for_range(b, count) as i:
             place = b.inttoptr(b.add(codes, b.mul(i.index, stride)), words.as_pointer())
             all_words, out = b.load(place, align=4), at(b, to, i.index, 4 * PANEL)
+            prefetch(b, b.add(b.add(codes, b.mul(i.index, stride)), i64(LINE_BYTES)))  # of the panels that follow
             for v, (scale, zero) in enumerate(parts):
                 outputs = range(v * LANES, (v + 1) * LANES)
                 own = b.shuffle_vector(all_words, all_words, v32([output // 8 for output in outputs]))
@@ -174,11 +193,13 @@ def _parts(b: ir.IRBuilder, scales: ir.Value, kind: types.Type, zeros: ir.Value)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def expand_panel(order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel, to_IP):  # type: ignore[no-untyped-def]
-    """One panel of one expert, `[at least I, P]` float32.
+def expand_inputs(  # type: ignore[no-untyped-def]
+    order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel, first, inputs, to_IP
+):  # fmt: skip
+    """Inputs `first .. first + inputs` of one panel of one expert, `[BLOCK_INPUTS, P]` float32.
 
     `codes_EXB` are bytes: `[E, O, row bytes]`, or words `[E, X, 4 * O]` down the inputs, or `[E, I, O / 2]` across the
-    outputs. `zeros_EGO` of one expert and one group serve all.
+    outputs. `zeros_EGO` of one expert and one group serve all. `first` is a multiple of `BLOCK_INPUTS`.
     """
     scale_kind = scales_EGO[0, 0, 0]
     groups, outputs = scales_EGO.shape[1:]
@@ -190,67 +211,77 @@ def expand_panel(order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, p
     scales = scales_EGO.ctypes.data + expert * groups * outputs * scale_bytes
     zeros = zeros_EGO.ctypes.data + (expert * groups * outputs * 2 if own_zeros else 0)
     out = to_IP.ctypes.data
-    first = panel * PANEL
+    first_output = panel * PANEL
     if order == 0:
-        at_once = LANES * 8 // bits
-        for output in range(first, first + PANEL, LANES):
-            to = out + (output - first) * 4
-            for block in range(width // LANES):
-                g = min(block * at_once // group, groups - 1)
-                of_group = g * outputs + output
+        at_once = ROW_BYTES * 8 // bits
+        zero_step = outputs * 2 if own_zeros else 0
+        for output in range(first_output + PANEL, first_output + 2 * PANEL):  # of the next panel
+            for byte in range(first * bits // 8, (first + inputs) * bits // 8, LINE_BYTES):
+                _fetch(codes + output * width + byte)
+        for output in range(first_output, first_output + PANEL, LANES):
+            to = out + (output - first_output) * 4
+            for i in range(first, first + inputs, at_once):
+                own_codes, own_to = codes + output * width + i * bits // 8, to + (i - first) * PANEL * 4
                 _expand_block(
-                    scale_kind, kind, codes + output * width + block * LANES, width, scales + of_group * scale_bytes,
-                    zeros + (of_group if own_zeros else output) * 2, to + block * at_once * PANEL * 4,
+                    scale_kind, kind, own_codes, width, scales + output * scale_bytes, outputs * scale_bytes,
+                    zeros + output * 2, zero_step, i, group, groups, own_to,
                 )  # fmt: skip
         return
-    inputs = 32 // bits if order == 1 else 1  # of one row of words
-    for g in range(groups):
-        row = g * group // inputs
-        count = (pieces if g == groups - 1 else (g + 1) * group // inputs) - row
-        of_group = g * outputs + first
+    per_row = 32 // bits if order == 1 else 1  # inputs of one row of words
+    i = first
+    while i < first + inputs:
+        g = min(i // group, groups - 1)
+        end = first + inputs if g == groups - 1 else min(first + inputs, (g + 1) * group)
+        row, count = i // per_row, (end - i) // per_row
+        of_group = g * outputs + first_output
         own_scales, own_zeros_at = scales + of_group * scale_bytes, zeros + of_group * 2
-        to = out + row * inputs * PANEL * 4
+        to = out + (i - first) * PANEL * 4
         if order == 1:
             _expand_words_down(
-                scale_kind, bits, count, codes + row * width + first * 4, width, own_scales, own_zeros_at, to
+                scale_kind, bits, count, codes + row * width + first_output * 4, width, own_scales, own_zeros_at, to
             )
         else:
             _expand_words_across(
-                scale_kind, count, codes + row * width + first // 2, width, own_scales, own_zeros_at, to
+                scale_kind, count, codes + row * width + first_output // 2, width, own_scales, own_zeros_at, to
             )
+        i = end
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def grouped_codes(  # type: ignore[no-untyped-def]
-    x_TI, tokens_S, order, kind, codes_EXB, group, scales_EGO, zeros_EGO, panels, starts_E1, out_SO, weights_R2IP,
-    sums_RSP, threads,
+    x_TI, tokens_S, order, kind, codes_EXB, group, scales_EGO, zeros_EGO, panels, inputs, starts_E1, out_SO,
+    weights_RIP, sums_RSP, threads,
 ):  # fmt: skip
-    """As `moegen.ops.expert_kernel.grouped_panels`, of coded weights.
+    """As `moegen.ops.expert_kernel.grouped_panels`, of coded weights of so many inputs.
 
-    `weights_R2IP` and `sums_RSP` (S = `ROW_BLOCK`) are scratch, one for each thread; the second panel of weights takes
-    what lies beyond the inputs, and is what a tile fetches ahead.
+    `weights_RIP` (I = `BLOCK_INPUTS`) and `sums_RSP` (S = `ROW_BLOCK`) are scratch, one for each thread.
     """
     experts = codes_EXB.shape[0]
-    rows_total = starts_E1[experts]
+    work = starts_E1[experts] * panels
+    shares = shares_of(threads)
+    next_share = np.zeros(1, np.int64)
     for thread in numba.prange(threads):
-        work_from = rows_total * panels * thread // threads
-        work_to = rows_total * panels * (thread + 1) // threads
-        for expert in range(experts):
-            first = starts_E1[expert]
-            rows = starts_E1[expert + 1] - first
-            panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
-            for block in range(first, first + rows, ROW_BLOCK):
-                block_rows = min(first + rows - block, ROW_BLOCK)
-                tiles = (block_rows + _TILE_ROWS - 1) // _TILE_ROWS
-                for panel in range(panel_from, panel_to):
-                    expand_panel(order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel,
-                                 weights_R2IP[thread, 0])  # fmt: skip
-                    for tile in range(tiles):
-                        top = block_rows * tile // tiles
-                        height = block_rows * (tile + 1) // tiles - top
-                        _tile(
-                            height, x_TI, tokens_S[block:], top, weights_R2IP, thread, 0, sums_RSP[thread], tile, tiles
-                        )
-                    for row in range(block_rows):
-                        for place in range(PANEL):
-                            out_SO[block + row, panel * PANEL + place] = sums_RSP[thread, row, place]
+        weights_IP, sums_SP = weights_RIP[thread], sums_RSP[thread]
+        share = claim(next_share)
+        while share < shares:
+            work_from, work_to = share_of(work, share, shares)
+            share = claim(next_share)
+            for expert in range(experts):
+                first = starts_E1[expert]
+                rows = starts_E1[expert + 1] - first
+                panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
+                for block in range(first, first + rows, ROW_BLOCK):
+                    block_rows = min(first + rows - block, ROW_BLOCK)
+                    tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
+                    for panel in range(panel_from, panel_to):
+                        for i in range(0, inputs, BLOCK_INPUTS):
+                            count = min(inputs - i, BLOCK_INPUTS)
+                            expand_inputs(order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel, i,
+                                          count, weights_IP)  # fmt: skip
+                            for tile in range(tiles):
+                                top = block_rows * tile // tiles
+                                height = block_rows * (tile + 1) // tiles - top
+                                add_tile(height, x_TI, tokens_S[block:], top, i, count, weights_IP, sums_SP)
+                        for row in range(block_rows):
+                            for place in range(PANEL):
+                                out_SO[block + row, panel * PANEL + place] = sums_SP[row, place]

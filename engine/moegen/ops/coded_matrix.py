@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from moegen.coding import Coding
-from moegen.ops.code_kernel import KINDS, ORDERS, ROW_BLOCK, ROW_BYTES, grouped_codes
+from moegen.ops.code_kernel import BLOCK_INPUTS, KINDS, ORDERS, ROW_BLOCK, ROW_BYTES, grouped_codes
+from moegen.ops.code_placing import place_runs
 from moegen.ops.expert_kernel import PANEL
 from moegen.ops.expert_weights import laid_out
 from moegen.ops.threads import numba_threads
-from moegen.ops.weight_codes import expanded, quantised
+from moegen.ops.weight_codes import expanded, quantised, zero_shifts
 
 Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # makes a tensor of zeros
 
@@ -74,6 +75,16 @@ class CodedMatrix:
         assert self.zeros_EGO is not None
         self.zeros_EGO[expert, :, first_row : first_row + zeros_GO.shape[1]].copy_(zeros_GO)
 
+    def place_runs(self, data: torch.Tensor, runs_NF: np.ndarray, first_expert: int) -> None:
+        """On a CPU, the same of many parts at once: see `moegen.ops.code_placing`."""
+        coding, scales, zeros = self.coding, self.scales_EGO, self.zeros_EGO
+        place_runs(
+            data.numpy(), runs_NF, first_expert, ORDERS[coding.order], coding.bits, coding.scale_rows,
+            coding.zero_shift, np.array(zero_shifts(coding)), self.codes.numpy(),
+            scales.view(torch.uint16 if scales.dtype == torch.bfloat16 else torch.uint32).numpy(),
+            (torch.empty(0, 0, 0, dtype=torch.int16) if zeros is None else zeros).numpy(),
+        )  # fmt: skip
+
     def expanded(self, expert: int) -> torch.Tensor:
         """One expert's matrix, `[O, I]` float32, made anew at every call."""
         codes = self.codes[expert]
@@ -112,12 +123,11 @@ class CodedMatrix:
         if zeros is None:
             zeros = torch.full((1, 1, self._panels * PANEL), self.coding.zero or 0, dtype=torch.int16)
         with numba_threads() as threads:
-            ahead = 1 + -(-2 * ROW_BYTES // self.in_features)  # panels: one, and room for what lies beyond the inputs
-            weights = torch.empty(threads, ahead, self.in_features, PANEL)
             grouped_codes(
                 x.numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.codes.numpy(),
-                self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels, starts, out_SO.numpy(),
-                weights.numpy(), torch.empty(threads, ROW_BLOCK, PANEL).numpy(), threads,
+                self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels, self.in_features, starts,
+                out_SO.numpy(), torch.empty(threads, BLOCK_INPUTS, PANEL).numpy(),
+                torch.empty(threads, ROW_BLOCK, PANEL).numpy(), threads,
             )  # fmt: skip
         return out_SO[:, : self.out_features]
 

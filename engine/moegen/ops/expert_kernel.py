@@ -2,7 +2,7 @@
 
 BLAS libraries lay a weight matrix out anew at every call, which at a handful of rows costs more than the product. Here
 weights lie in *panels* from the start: `PANEL` output features side by side, input after input. A tile of up to
-`_TILE_ROWS` rows keeps its sums in vector registers while it walks down a panel: per input, the panel's weights are
+`TILE_ROWS` rows keeps its sums in vector registers while it walks down a panel: per input, the panel's weights are
 loaded and widened to float32 once, and every row adds one broadcast and one multiply-add per vector. A bfloat16 or
 float16 weight therefore costs two bytes of memory traffic and no accuracy: the arithmetic is float32.
 
@@ -47,8 +47,8 @@ _TILE = {
     4: _Tile(vectors=4, rows=6),  # 32 (NEON)
 }[LANES]
 PANEL = LANES * _TILE.vectors
-_TILE_ROWS = _TILE.rows
-_ROW_BLOCK = 6 * _TILE_ROWS  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
+TILE_ROWS = _TILE.rows
+_ROW_BLOCK = 6 * TILE_ROWS  # rows that meet an expert's panels before the next rows do: they stay in a core's cache
 
 
 def row_width(inputs: int) -> int:
@@ -131,7 +131,9 @@ def _tile(
             b.position_at_end(block)
             places = [b.load(b.gep(row_tokens, [i64(r)])) for r in range(count)]
             x_rows = [b.gep(x_view.data, [b.mul(place, x_width)]) for place in places]
-            _emit_rows(b, x_rows, inputs, weights, stored, out_row, outputs, ahead, ahead_step)
+            starts = [[vf(0.0)] * _TILE.vectors for _ in x_rows]
+            sums = _emit_rows(b, x_rows, inputs, weights, stored, starts, (ahead, ahead_step))
+            _store_sums(b, sums, out_row, outputs)
             b.branch(end)
         b.position_at_end(end)
         return context.get_dummy_value()
@@ -139,19 +141,76 @@ def _tile(
     return signature, codegen
 
 
+@intrinsic
+def add_tile(typing: Any, rows: Any, x: Any, tokens: Any, row: Any, first_input: Any, inputs: Any, weights: Any,
+             sums: Any) -> Any:  # fmt: skip
+    """`sums[row : row + rows] += x[tokens[row : row + rows], first_input : first_input + inputs] @ weights`.
+
+    `weights` are `[inputs, P]` float32 and lie in the nearest cache; sums begin anew where `first_input` is 0.
+    """
+    signature = types.void(types.intp, x, tokens, types.intp, types.intp, types.intp, weights, sums)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        rows, _, _, row, first_input, inputs, _, _ = args
+        x_view, tokens_view, weights_view, sums_view = (
+            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 6, 7)
+        )
+        x_width = cgutils.unpack_tuple(b, x_view.shape)[1]
+        row_tokens = b.gep(tokens_view.data, [row])
+        own_sums = b.gep(sums_view.data, [b.mul(row, i64(PANEL))])
+        anew = b.icmp_signed("==", first_input, i64(0))
+        end = b.append_basic_block("tile.end")
+        choice = b.switch(rows, end)
+        for count in range(1, _TILE.rows + 1):
+            block = b.append_basic_block(f"tile.{count}")
+            choice.add_case(i64(count), block)
+            b.position_at_end(block)
+            places = [b.load(b.gep(row_tokens, [i64(r)])) for r in range(count)]
+            x_rows = [b.gep(x_view.data, [b.add(b.mul(place, x_width), first_input)]) for place in places]
+            starts = [
+                [
+                    b.select(anew, vf(0.0), b.load(_vector_at(b, own_sums, i64(r * PANEL + v * LANES)), align=4))
+                    for v in range(_TILE.vectors)
+                ]
+                for r in range(count)
+            ]
+            more = _emit_rows(b, x_rows, inputs, weights_view.data, types.float32, starts)
+            _store_sums(b, more, own_sums, i64(PANEL))
+            b.branch(end)
+        b.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _vector_at(b: ir.IRBuilder, floats: ir.Value, index: ir.Value) -> ir.Value:
+    return b.bitcast(b.gep(floats, [index]), VF.as_pointer())
+
+
+def _store_sums(b: ir.IRBuilder, sums: list[list[ir.Value]], out: ir.Value, outputs: ir.Value) -> None:
+    """A tile's, to rows `outputs` floats apart."""
+    for r, sum_row in enumerate(sums):
+        for v, own in enumerate(sum_row):
+            b.store(own, _vector_at(b, out, b.add(b.mul(outputs, i64(r)), i64(v * LANES))), align=4)
+
+
 def _emit_rows(
-    b: ir.IRBuilder, x_rows: list[ir.Value], inputs: ir.Value, weights: ir.Value, stored: Any, out: ir.Value,
-    outputs: ir.Value, ahead: ir.Value, ahead_step: ir.Value,
-) -> None:  # fmt: skip
-    """The loop over inputs for a tile of these rows; its sums are values of the loop, hence registers."""
+    b: ir.IRBuilder, x_rows: list[ir.Value], inputs: ir.Value, weights: ir.Value, stored: Any,
+    starts: list[list[ir.Value]], ahead: tuple[ir.Value, ir.Value] | None = None,
+) -> list[list[ir.Value]]:  # fmt: skip
+    """The loop over inputs for a tile of these rows; its sums are values of the loop, hence registers.
+
+    `ahead`: an address to fetch from, and its step per input.
+    """
     before, loop, after = b.block, b.append_basic_block("inputs"), b.append_basic_block("sums")
     b.branch(loop)
     b.position_at_end(loop)
     i = b.phi(I64)
     sums = [[b.phi(VF) for _ in range(_TILE.vectors)] for _ in x_rows]
-    place = b.add(ahead, b.mul(i, ahead_step))
-    for line in range(0, PANEL * stored.bitwidth // 8, LINE_BYTES):
-        prefetch(b, b.add(place, i64(line)))
+    if ahead is not None:
+        place = b.add(ahead[0], b.mul(i, ahead[1]))
+        for line in range(0, PANEL * stored.bitwidth // 8, LINE_BYTES):
+            prefetch(b, b.add(place, i64(line)))
     vectors = _load_weights(b, b.gep(weights, [b.mul(i, i64(PANEL))]), stored)
     more = []
     for x_row, sum_row in zip(x_rows, sums, strict=True):
@@ -161,22 +220,19 @@ def _emit_rows(
     b.cbranch(b.icmp_signed("<", following, inputs), loop, after)
     i.add_incoming(i64(0), before)
     i.add_incoming(following, loop)
-    for sum_row, more_row in zip(sums, more, strict=True):
-        for s, m in zip(sum_row, more_row, strict=True):
-            s.add_incoming(vf(0.0), before)
+    for sum_row, start_row, more_row in zip(sums, starts, more, strict=True):
+        for s, start, m in zip(sum_row, start_row, more_row, strict=True):
+            s.add_incoming(start, before)
             s.add_incoming(m, loop)
     b.position_at_end(after)
-    for r, more_row in enumerate(more):
-        for v, m in enumerate(more_row):
-            place = b.gep(out, [b.add(b.mul(outputs, i64(r)), i64(v * LANES))])
-            b.store(m, b.bitcast(place, VF.as_pointer()), align=4)
+    return more
 
 
 _CLAIMS = 8  # of shares of the work, per thread
 
 
 @intrinsic
-def _claim(typing: Any, next_share: Any) -> Any:
+def claim(typing: Any, next_share: Any) -> Any:
     """`next_share[0]`, which no other thread is given, and one more for whoever comes next."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -196,19 +252,30 @@ def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # 
     """
     experts, panels = panels_ENIP.shape[:2]
     work = starts_E1[experts] * panels
-    shares = threads * _CLAIMS if threads > 1 else 1
+    shares = shares_of(threads)
     next_share = np.zeros(1, np.int64)
     for _ in numba.prange(threads):
-        share = _claim(next_share)
+        share = claim(next_share)
         while share < shares:
-            work_from = work - work * (shares - share) ** 2 // shares**2
-            work_to = work - work * (shares - share - 1) ** 2 // shares**2
-            share = _claim(next_share)
+            work_from, work_to = share_of(work, share, shares)
+            share = claim(next_share)
             for expert in range(experts):
                 first = starts_E1[expert]
                 rows = starts_E1[expert + 1] - first
                 panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
                 _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, out_SO)
+
+
+@register_jitable
+def shares_of(threads):  # type: ignore[no-untyped-def]
+    """Into how many shares work is cut."""
+    return threads * _CLAIMS if threads > 1 else 1
+
+
+@register_jitable
+def share_of(work, share, shares):  # type: ignore[no-untyped-def]
+    """Where a share of the work begins and ends."""
+    return work - work * (shares - share) ** 2 // shares**2, work - work * (shares - share - 1) ** 2 // shares**2
 
 
 @register_jitable
@@ -226,7 +293,7 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
     """Some panels of one expert with all of its rows."""
     for block in range(0, rows, _ROW_BLOCK):
         block_rows = min(rows - block, _ROW_BLOCK)
-        tiles = (block_rows + _TILE_ROWS - 1) // _TILE_ROWS
+        tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
         for panel in range(panel_from, panel_to):
             for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
                 top = block_rows * tile // tiles

@@ -72,9 +72,13 @@ def _on(device: torch.device, shifts: tuple[int, ...]) -> torch.Tensor:
 
 def zeros_of(words: torch.Tensor, coding: Coding) -> torch.Tensor:
     """`[G, O]` int32 of stored zeros `[G, O / n]`: packed along outputs, in AWQ's order or GPTQ's plain one."""
-    shifts = AWQ_SHIFTS if coding.order == "words across outputs" else tuple(range(0, 32, coding.bits))
-    zeros_GO = _fields(words, shifts, coding.bits).flatten(-2)
+    zeros_GO = _fields(words, zero_shifts(coding), coding.bits).flatten(-2)
     return zeros_GO.add_(coding.zero_shift) if coding.zero_shift else zeros_GO
+
+
+def zero_shifts(coding: Coding) -> tuple[int, ...]:
+    """Of the zeros in a word, in the order of their outputs, the bit where each begins."""
+    return AWQ_SHIFTS if coding.order == "words across outputs" else tuple(range(0, 32, coding.bits))
 
 
 def scales_of(stored: torch.Tensor, coding: Coding, outputs: int) -> torch.Tensor:
