@@ -10,6 +10,7 @@ No weights are read here and no torch is needed.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 Kind = Literal["fp8_e4m3", "fp4_e2m1", "int8", "uint8", "uint4"]
 Order = Literal["rows", "words down inputs", "words across outputs"]
 WHOLE_INPUTS = 1 << 30  # the group of a scale that serves all inputs of an output
-_GROUP_MULTIPLE = 32  # inputs: what the CPU's kernel expands at once
+GROUP_MULTIPLE = 32  # of inputs: where the CPU's kernel looks for another scale
+_PADDED_OUTPUTS = 32  # in memory they are a multiple: the CPU's kernel knows whole panels
 _READABLE = "fp8, mxfp4, compressed-tensors, awq and gptq are read"
 
 
@@ -54,8 +56,19 @@ class Coding:
     def bits(self) -> int:
         return 4 if self.kind in ("fp4_e2m1", "uint4") else 8
 
+    @property
+    def scale_bytes(self) -> int:
+        """Of a scale in memory: bfloat16 has the powers of two of mxfp4, the others are float32."""
+        return 2 if self.format == "mxfp4" else 4
+
     def groups(self, inputs: int) -> int:
         return -(-inputs // self.group_inputs)
+
+    def memory_bytes(self, outputs: int, inputs: int) -> int:
+        """Of a matrix in memory, with its scales and its zeros of two bytes."""
+        rows = -(-outputs // _PADDED_OUTPUTS) * _PADDED_OUTPUTS
+        for_group = self.scale_bytes + (2 if self.zero is None else 0)
+        return rows * (-(-inputs * self.bits // 8) + self.groups(inputs) * for_group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,12 @@ class CodedTensor:
     def nbytes(self) -> int:
         """As stored."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Where it stays in its codes."""
+        *experts, outputs, inputs = self.shape
+        return math.prod(experts) * self.coding.memory_bytes(outputs, inputs)
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
@@ -174,10 +193,10 @@ class _Format(ABC):
         """`group`, or all inputs."""
         if group is None or group == -1 or group >= inputs:
             return WHOLE_INPUTS
-        if group % _GROUP_MULTIPLE:
+        if group % GROUP_MULTIPLE:
             uri = self.stored[name].uri
             raise UnsupportedModel(
-                f"{name} in {uri} has a scale for {group} inputs; multiples of {_GROUP_MULTIPLE} are read"
+                f"{name} in {uri} has a scale for {group} inputs; multiples of {GROUP_MULTIPLE} are read"
             )
         return int(group)
 

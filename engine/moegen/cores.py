@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_SPINS = "2000"  # some tens of microseconds: as long as it takes to wake a thread that sleeps
+_SPINS = "2000"  # of about 50 ns on x86 since Skylake: as long as it takes to wake a thread that sleeps
 
 
 def share_cores() -> None:

@@ -54,6 +54,7 @@ class ModelShape:
     key_up_weights: int = 0  # what makes keys of latents, over all layers
     stored_format: str | None = None  # of experts in few bits on disk: fp8, mxfp4, int4, ...; None: of `dtype`
     expert_stored_bytes: int | None = None  # of experts in few bits on disk, scales and zeros included
+    expert_coded_bytes: int = 0  # the same in memory
     coded_dense_weights: int = 0  # weights outside the experts that are in few bits on disk: expanded when loaded
     kept_as: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become in memory
     state_per_sequence: int = 0  # of recurrent layers, which keep it beside the keys and values of those that attend
@@ -71,11 +72,12 @@ class ModelShape:
         tensors = model_tensors(model_uri)
         shapes = {name: t.parameter_shape if isinstance(t, CodedTensor) else t.shape for name, t in tensors.items()}
         coded = [tensor for name, tensor in coded_tensors(tensors) if _is_expert(name)]
-        stored_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if _is_expert(name))
+        of_experts = [tensor for name, tensor in tensors.items() if _is_expert(name)]
         return replace(
             cls.of(config, shapes),
             stored_format=coded[0].coding.format if coded else None,
-            expert_stored_bytes=stored_bytes if coded else None,
+            expert_stored_bytes=sum(tensor.nbytes for tensor in of_experts) if coded else None,
+            expert_coded_bytes=sum(t.memory_bytes if isinstance(t, CodedTensor) else t.nbytes for t in of_experts),
             coded_dense_weights=sum(_product(t.shape) for name, t in coded_tensors(tensors) if not _is_expert(name)),
         )
 
@@ -93,9 +95,10 @@ class ModelShape:
         return replace(self, kept_as=weights)
 
     def stored_in(self, bits: int) -> ModelShape:
-        """The same model with its experts stored in so many bits, with a scale of two bytes for 64 weights."""
-        stored = int(self.expert_weights * (bits / 8 + 2 / 64))
-        return replace(self, stored_format=f"int{bits}", expert_stored_bytes=stored)
+        """The same model with its experts stored in so many bits, with a scale of two bytes, in memory four, for 64
+        weights."""
+        stored, coded = (int(self.expert_weights * (bits / 8 + scale / 64)) for scale in (2, 4))
+        return replace(self, stored_format=f"int{bits}", expert_stored_bytes=stored, expert_coded_bytes=coded)
 
     @property
     def in_few_bits(self) -> bool:

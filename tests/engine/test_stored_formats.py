@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from moegen.errors import CheckpointError, UnsupportedModel
 from moegen.memory.checkpoint import Checkpoint
 from moegen.memory.direct_read import ReadBuffer
 from moegen.memory.weight_home import Arithmetic
+from moegen.ops import coded_matrix
 from moegen.ops.code_placing import PARTS, SCALE_DTYPES, Run
 from moegen.ops.coded_matrix import CodedMatrix
 from moegen.ops.expert_kernel import PANEL
@@ -161,7 +163,7 @@ def _random(coding: Coding, experts: int, outputs: int, inputs: int, dtype: torc
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.kind}-{c.order[-6:]}-{c.group_inputs}")
-def test_the_kernel_multiplies_with_what_the_codes_mean(coding: Coding) -> None:
+def test_the_kernel_multiplies_with_what_the_codes_mean(coding: Coding, monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths that are no multiple of what the kernel reads at once, counts of no, one and many rows."""
     for outputs, inputs in ((PANEL + 8, 96), (8, 16), (3 * PANEL, 200)):
         matrix = _random(coding, 3, outputs, inputs, torch.float32)
@@ -173,9 +175,17 @@ def test_the_kernel_multiplies_with_what_the_codes_mean(coding: Coding) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-5 * float(wanted.abs().max()))
         alone = matrix.linear(x, [0, 0, 1], tokens[7:8])
         assert torch.equal(alone[0], got[7]), "a row's result depends on the rows beside it"
-        torch.set_num_threads(2)
-        assert torch.equal(matrix.linear(x, counts, tokens), got), "or on the number of threads"
-        torch.set_num_threads(1)
+        with monkeypatch.context() as patch:  # one thread walks the shares of three, each with its own scratch
+            patch.setattr(coded_matrix, "numba_threads", lambda: nullcontext(3))
+            assert torch.equal(matrix.linear(x, counts, tokens), got), "or on the number of threads"
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.kind}-{c.order[-6:]}-{c.group_inputs}")
+def test_a_matrix_takes_the_memory_that_plans_count(coding: Coding) -> None:
+    """2880 x 2880 are gpt-oss's: its rows in 4 bits are no whole number of cache lines."""
+    for outputs, inputs in ((2880, 2880), (512, 704)):
+        matrix = CodedMatrix(2, outputs, inputs, coding, torch.float32, _zeros)
+        assert matrix.nbytes == 2 * coding.memory_bytes(outputs, inputs)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -339,6 +349,17 @@ def test_formats_that_are_not_read_are_refused(
 # Plans --------------------------------------------------------------------------------------------------------------
 
 BUDGET = EngineSpec(host_memory="2GiB")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_plan_counts_what_experts_take_in_memory(name: str, folders: dict[str, tuple[Path, Path | None]]) -> None:
+    folder = folders[name][0]
+    footprint = Footprint(ModelShape.read(str(folder)), "float32", "bfloat16", "bfloat16")
+    arithmetic = Arithmetic(torch.device("cpu"), torch.float32)
+    with Checkpoint(folder) as checkpoint:
+        for source in checkpoint.load_dense(torch.float32, torch.device("cpu"))[1].values():
+            taken = arithmetic.empty_group(source, 0, source.experts).nbytes
+            assert 0.95 * footprint.expert * source.experts <= taken <= footprint.expert * source.experts
 
 
 def test_a_plan_counts_what_is_stored_and_what_is_expanded(folders: dict[str, tuple[Path, Path | None]]) -> None:

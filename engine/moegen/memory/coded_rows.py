@@ -73,9 +73,9 @@ class CodedRows:
     def run(self, start: int) -> Run:
         """It, in a read that begins at byte `start` of the file."""
         lines, line_elements = self.shape if self.shape else (1, 1)
-        element = SCALE_DTYPES[self.dtype] if self.part == "scales" else self.dtype.itemsize
+        kind = SCALE_DTYPES[self.dtype] if self.part == "scales" else self.dtype.itemsize
         at = self.start - start
-        return Run(PARTS[self.part], at, self.expert, self.first_row, self.rows, lines, line_elements, element)
+        return Run(PARTS[self.part], at, self.expert, self.first_row, self.rows, lines, line_elements, kind)
 
     def place(self, data: torch.Tensor, matrix: ExpertMatrix, first_expert: int) -> None:
         """Puts the bytes `data` (`[nbytes]` uint8) into `matrix`, whose expert 0 is the layer's `first_expert`."""

@@ -45,7 +45,7 @@ class ReadRequest:
         """Reads and places. Raises `StorageError` when the disk or the file fails."""
         data = files.read(self.file, self.start, self.nbytes, buffer)
         for is_up, matrix in ((True, group.up), (False, group.down)):
-            if isinstance(matrix, CodedMatrix) and matrix.codes.device.type == "cpu" and is_up in self._runs:
+            if isinstance(matrix, CodedMatrix) and matrix.places_runs and is_up in self._runs:
                 matrix.place_runs(data, self._runs[is_up], group.first)
                 continue
             for rows in (part.rows for part in self.parts if part.is_up == is_up):

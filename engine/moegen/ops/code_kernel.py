@@ -23,6 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from moegen.coding import GROUP_MULTIPLE
 from moegen.ops.expert_kernel import PANEL, TILE_ROWS, add_tile, claim, own_panels, share_of, shares_of
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.vector_ir import (
@@ -51,9 +52,8 @@ ROW_BLOCK = 18 * TILE_ROWS  # rows that meet expanded weights before the next ar
 BLOCK_INPUTS = 128  # that are expanded at once; a multiple of what one piece of a row has
 KINDS = {"fp8_e4m3": 0, "int8": 1, "uint8": 2, "fp4_e2m1": 3, "uint4": 4}
 ORDERS = {"rows": 0, "words down inputs": 1, "words across outputs": 2}
-ROW_BYTES = 4 * LANES  # rows are read in pieces of so many bytes: theirs are a multiple
-_BITS = {kind: 4 if number >= 3 else 8 for kind, number in KINDS.items()}
-_SCALE_INPUTS = 32  # groups of inputs that share a scale are multiples of it
+ROW_BYTES = 4 * LANES  # rows are read in pieces of so many bytes; the last one of a row may reach beyond it
+_BITS = {kind: 4 if kind in ("fp4_e2m1", "uint4") else 8 for kind in KINDS}
 
 
 def _words(value: int) -> ir.Constant:
@@ -108,7 +108,7 @@ def _expand_block(
             factor, per_word = HALF_FACTOR.get(name), 32 // _BITS[name]
             scale, zero = vf(1.0), None
             for place in range(LANES * per_word):
-                if place % _SCALE_INPUTS == 0:
+                if place % GROUP_MULTIPLE == 0:
                     own = b.sdiv(b.add(first, i64(place)), group)
                     own = b.select(b.icmp_signed("<", own, last), own, last)
                     scale = as_floats(b, b.add(scales, b.mul(own, scale_step)), scale_kind)
@@ -194,7 +194,7 @@ def _parts(b: ir.IRBuilder, scales: ir.Value, kind: types.Type, zeros: ir.Value)
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def expand_inputs(  # type: ignore[no-untyped-def]
-    order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel, first, inputs, to_IP
+    order, kind, bits, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel, first, inputs, to_IP
 ):  # fmt: skip
     """Inputs `first .. first + inputs` of one panel of one expert, `[BLOCK_INPUTS, P]` float32.
 
@@ -204,7 +204,6 @@ def expand_inputs(  # type: ignore[no-untyped-def]
     scale_kind = scales_EGO[0, 0, 0]
     groups, outputs = scales_EGO.shape[1:]
     scale_bytes = scales_EGO.itemsize
-    bits = 4 if kind >= 3 else 8
     own_zeros = zeros_EGO.shape[0] > 1 or zeros_EGO.shape[1] > 1
     pieces, width = codes_EXB.shape[1:]
     codes = codes_EXB.ctypes.data + expert * pieces * width
@@ -249,7 +248,7 @@ def expand_inputs(  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def grouped_codes(  # type: ignore[no-untyped-def]
-    x_TI, tokens_S, order, kind, codes_EXB, group, scales_EGO, zeros_EGO, panels, inputs, starts_E1, out_SO,
+    x_TI, tokens_S, order, kind, bits, codes_EXB, group, scales_EGO, zeros_EGO, panels, inputs, starts_E1, out_SO,
     weights_RIP, sums_RSP, threads,
 ):  # fmt: skip
     """As `moegen.ops.expert_kernel.grouped_panels`, of coded weights of so many inputs.
@@ -257,6 +256,7 @@ def grouped_codes(  # type: ignore[no-untyped-def]
     `weights_RIP` (I = `BLOCK_INPUTS`) and `sums_RSP` (S = `ROW_BLOCK`) are scratch, one for each thread.
     """
     experts = codes_EXB.shape[0]
+    at_once, row_block = weights_RIP.shape[1], sums_RSP.shape[1]
     work = starts_E1[experts] * panels
     shares = shares_of(threads)
     next_share = np.zeros(1, np.int64)
@@ -270,14 +270,14 @@ def grouped_codes(  # type: ignore[no-untyped-def]
                 first = starts_E1[expert]
                 rows = starts_E1[expert + 1] - first
                 panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
-                for block in range(first, first + rows, ROW_BLOCK):
-                    block_rows = min(first + rows - block, ROW_BLOCK)
+                for block in range(first, first + rows, row_block):
+                    block_rows = min(first + rows - block, row_block)
                     tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
                     for panel in range(panel_from, panel_to):
-                        for i in range(0, inputs, BLOCK_INPUTS):
-                            count = min(inputs - i, BLOCK_INPUTS)
-                            expand_inputs(order, kind, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel, i,
-                                          count, weights_IP)  # fmt: skip
+                        for i in range(0, inputs, at_once):
+                            count = min(inputs - i, at_once)
+                            expand_inputs(order, kind, bits, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel,
+                                          i, count, weights_IP)  # fmt: skip
                             for tile in range(tiles):
                                 top = block_rows * tile // tiles
                                 height = block_rows * (tile + 1) // tiles - top

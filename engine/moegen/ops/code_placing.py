@@ -22,8 +22,13 @@ from moegen.ops.vector_ir import I8, I16, I32, I64
 
 lock_kernel_cache()
 
-PARTS = {"codes": 0, "scales": 1, "zeros": 2}
-SCALE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.float8_e8m0fnu: 3}
+_CODES, _SCALES, _ZEROS = range(3)
+PARTS = {"codes": _CODES, "scales": _SCALES, "zeros": _ZEROS}
+_FLOAT32, _BFLOAT16, _FLOAT16, _EXPONENT = range(4)  # of a scale; an exponent is a power of two
+SCALE_DTYPES = {
+    torch.float32: _FLOAT32, torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16, torch.uint8: _EXPONENT,
+    torch.float8_e8m0fnu: _EXPONENT,
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -36,7 +41,7 @@ class Run(NamedTuple):
     outputs: int
     lines: int
     line_elements: int
-    element: int  # of SCALE_DTYPES for scales, bytes of an element for codes
+    kind: int  # of scales, one of SCALE_DTYPES; of codes, the bytes of an element
 
 
 @intrinsic
@@ -69,13 +74,13 @@ _read8, _read16, _read32 = map(_reads, (I8, I16, I32))
 
 
 @register_jitable
-def _scale_bits(address, element):  # type: ignore[no-untyped-def]
+def _scale_bits(address, kind):  # type: ignore[no-untyped-def]
     """The float32 of the scale there, as its bits."""
-    if element == 0:
+    if kind == _FLOAT32:
         return _read32(address)
-    if element == 1:
+    if kind == _BFLOAT16:
         return _read16(address) << 16
-    if element == 3:  # a power of two: its exponent
+    if kind == _EXPONENT:
         return _read8(address) << 23
     half = _read16(address)
     sign, magnitude = (half & 0x8000) << 16, half & 0x7FFF
@@ -102,24 +107,24 @@ def place_runs(  # type: ignore[no-untyped-def]
     mask = (1 << bits) - 1
     lost_bits = 32 - 8 * scales_EGO.itemsize
     for n in range(runs_NF.shape[0]):
-        part, start, expert, first, outputs, lines, elements, element = runs_NF[n]
+        part, start, expert, first, outputs, lines, elements, kind = runs_NF[n]
         expert -= first_expert
         source = data.ctypes.data + start
-        if part == 0:
+        if part == _CODES:
             to = codes_EXB.ctypes.data + expert * codes_EXB.shape[1] * width
             to += first * width if order == 0 else first * 4 if order == 1 else first * bits // 8
-            count = elements * element
+            count = elements * kind
             if count == width:
                 _copy(to, source, count * lines)
             else:
                 for line in range(lines):
                     _copy(to + line * width, source + line * count, count)
-        elif part == 1:
-            nbytes = 4 if element == 0 else 1 if element == 3 else 2
+        elif part == _SCALES:
+            nbytes = 4 if kind == _FLOAT32 else 1 if kind == _EXPONENT else 2
             for g in range(scales_EGO.shape[1]):
                 for output in range(outputs):
                     at = output // scale_rows * elements + g if order == 0 else g * elements + output
-                    scales_EGO[expert, g, first + output] = _scale_bits(source + at * nbytes, element) >> lost_bits
+                    scales_EGO[expert, g, first + output] = _scale_bits(source + at * nbytes, kind) >> lost_bits
         else:
             for line in range(lines):
                 for w in range(elements):

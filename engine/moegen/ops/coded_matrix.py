@@ -6,6 +6,7 @@ by expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,9 +39,11 @@ class CodedMatrix:
         self.coding, self._compute_dtype = coding, compute_dtype
         self._panels = -(-out_features // PANEL)
         outputs, groups = self._panels * PANEL, coding.groups(in_features)
-        self.codes = empty((experts, *_code_shape(coding, outputs, in_features)), torch.uint8)
-        two_bytes = coding.format == "mxfp4"  # powers of two: bfloat16 has them
-        self.scales_EGO = empty((experts, groups, outputs), torch.bfloat16 if two_bytes else torch.float32)
+        shape = (experts, *_code_shape(coding, outputs, in_features))
+        # The last row's last piece is read beyond its end.
+        self.codes = empty((math.prod(shape) + ROW_BYTES,), torch.uint8)[:-ROW_BYTES].view(shape)
+        scale_dtype = torch.bfloat16 if coding.scale_bytes == 2 else torch.float32
+        self.scales_EGO = empty((experts, groups, outputs), scale_dtype)
         self.zeros_EGO = empty((experts, groups, outputs), torch.int16) if coding.zero is None else None
 
     @property
@@ -75,8 +78,13 @@ class CodedMatrix:
         assert self.zeros_EGO is not None
         self.zeros_EGO[expert, :, first_row : first_row + zeros_GO.shape[1]].copy_(zeros_GO)
 
+    @property
+    def places_runs(self) -> bool:
+        """Whether `place_runs` can be used: in the host's memory."""
+        return self.codes.device.type == "cpu"
+
     def place_runs(self, data: torch.Tensor, runs_NF: np.ndarray, first_expert: int) -> None:
-        """On a CPU, the same of many parts at once: see `moegen.ops.code_placing`."""
+        """The same of many parts of one read at once: see `moegen.ops.code_placing`."""
         coding, scales, zeros = self.coding, self.scales_EGO, self.zeros_EGO
         place_runs(
             data.numpy(), runs_NF, first_expert, ORDERS[coding.order], coding.bits, coding.scale_rows,
@@ -124,19 +132,18 @@ class CodedMatrix:
             zeros = torch.full((1, 1, self._panels * PANEL), self.coding.zero or 0, dtype=torch.int16)
         with numba_threads() as threads:
             grouped_codes(
-                x.numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.codes.numpy(),
-                self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels, self.in_features, starts,
-                out_SO.numpy(), torch.empty(threads, BLOCK_INPUTS, PANEL).numpy(),
+                x.numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.coding.bits,
+                self.codes.numpy(), self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels,
+                self.in_features, starts, out_SO.numpy(), torch.empty(threads, BLOCK_INPUTS, PANEL).numpy(),
                 torch.empty(threads, ROW_BLOCK, PANEL).numpy(), threads,
             )  # fmt: skip
         return out_SO[:, : self.out_features]
 
 
 def _code_shape(coding: Coding, outputs: int, inputs: int) -> tuple[int, int]:
-    """Bytes of one expert's codes: rows are padded to whole pieces that the kernel reads, words to whole panels."""
+    """Bytes of one expert's codes."""
     if coding.order == "words down inputs":
         return inputs * coding.bits // 32, outputs * 4
     if coding.order == "words across outputs":
         return inputs, outputs // 2
-    row_bytes = -(-inputs * coding.bits // 8)
-    return outputs, -(-row_bytes // ROW_BYTES) * ROW_BYTES
+    return outputs, -(-inputs * coding.bits // 8)

@@ -10,7 +10,8 @@ Every output is one sum over the inputs in their order, whatever tile its row fa
 on the rows beside it nor on the number of threads.
 
 Compiled by Numba at first use (and cached on disk), so that installing needs no compiler. The tile is written as LLVM
-vector operations, since auto-vectorisation does not keep its sums in registers.
+vector operations, since auto-vectorisation does not keep its sums in registers. Numba caches a compiled kernel by its
+own file: after a change here, change `moegen.ops.code_kernel` too, which uses these tiles.
 
 Shape suffixes: T tokens, S rows sorted by expert, E experts, I inputs, O outputs, N panels, P = PANEL.
 """

@@ -15,7 +15,7 @@ _GROUPS_OF_A_LAYER = 16
 _LOGIT_BYTES = 128 << 20
 _LATENT_BYTES = 128 << 20  # of queries absorbed or heads expanded at once, with their answers
 _STATE_BYTES = 3 * (64 << 20)  # of states that recurrent layers work on at once, with the copies that they make
-_WITH_SCALES = 1.06  # bytes in memory of weights in few bits, over those of their codes: scales are wider there
+_WITH_SCALES = 1.06  # bytes of plain weights brought to 8 bits, each: outputs have scales
 _TOKENIZER_BYTES = 512  # per entry of the vocabulary: strings, ids and merges
 
 
@@ -80,7 +80,9 @@ class Footprint:
         """Bytes of one expert of one layer in memory."""
         if not self.shape.in_few_bits:
             return self.expert_elements * DTYPE_BYTES[self.expert_dtype]
-        return int(_WITH_SCALES * (self.expert_stored if self.shape.stored_format else self.expert_elements))
+        if self.shape.stored_format is None:
+            return int(_WITH_SCALES * self.expert_elements)
+        return self.shape.expert_coded_bytes // max(self.shape.moe_layers * self.shape.experts, 1)
 
     @property
     def expert_stored(self) -> int:
