@@ -77,17 +77,17 @@ NIGHTS = (
     *both("cancelled", "Cancelled at the service", Morning(tries=2, cancels=(1,)), retries=1),
     # A cancel that comes before the next attempt is the attempt's own, and that attempt brings the job back.
     Night("cleared_deferred", "Clear, deferred", "deferred", Morning(tries=2, cancels=(0, 1)), short=True),
-    Night("cleared_running", "Clear, running", "on a worker", Morning(tries=2, cancels=(0, 1)), short=True),
+    Night("cleared_running", "Clear, running", "on a worker", Morning(tries=2, cancels=(0, 1))),
     Night("cleared_succeeded_waiting", "Clear, succeeded", "on a worker", SECOND_TRY, after="restarted_waiting"),
     Night(
         "cleared_succeeded_deferred", "Clear, succeeded", "deferred", SECOND_TRY, after="restarted_deferred", short=True
     ),
-    *both("marked", "Marked failed", CANCELLED, short="deferred", **SLOW),
+    *both("marked", "Marked failed", CANCELLED, **SLOW),
     Night("lost_worker", "Worker lost", "on a worker", SECOND_TRY, SLOW | {"retries": 1}, short=True),
     Night("redeploy", "Worker stopped in order", "on a worker", Morning(tries=2, cancels=(1,)), SLOW | {"retries": 1}),
     Night("triggerer", "Triggerer restarted or lost", "deferred", Morning(), SLOW, short=True),
     *both("timeout", "`timeout` passed", CANCELLED, timeout=20),
-    *both("queue_timeout", "`queue_timeout` passed", CANCELLED, short="waiting", queue_timeout=10),
+    *both("queue_timeout", "`queue_timeout` passed", CANCELLED, queue_timeout=10),
     Night(
         "execution_timeout",
         "`execution_timeout` passed",

@@ -185,13 +185,13 @@ def test_a_pass_that_does_not_end_is_left_behind_within_twenty_seconds(model: Pa
 @pytest.mark.timeout(900)
 def test_killed_doubled_paused_and_poisoned_jobs_end_with_the_right_table(tmp_path: Path) -> None:
     """benchmarks/torture.py at a size that fits here; its numbers are asserted, not only its verdict."""
-    counts = {"kills": 4, "pairs": 1, "pauses": 1, "poison": 1, "rows": 500, "answer-tokens": 16}
+    counts = {"kills": 2, "pairs": 1, "pauses": 1, "poison": 1, "rows": 300, "answer-tokens": 16}
     arguments = [f"--{name}={count}" for name, count in counts.items()]
     command = [sys.executable, "-m", "benchmarks.torture", *arguments, f"--out={tmp_path}/torture.json"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=os.environ, timeout=800)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "torture.json").read_text())
-    assert [found[name]["kills"] for name in ("greedy", "sampled")] == [2, 2]
+    assert [found[name]["kills"] for name in ("greedy", "sampled")] == [1, 1]
     assert all(found[name]["tables_equal"] for name in ("greedy", "sampled", "pairs", "pauses"))
     assert found["pairs"]["one_ran_and_one_left"] == 1
     assert found["pairs"]["who_left_said_why"]
