@@ -18,7 +18,7 @@ from moegen.storage import join, list_names, put_create, read_bytes
 KEY_BYTES = 16
 _MOST_ROWS = 1 << 24  # of the table, from its first on, are remembered: at 24 bytes each, 384 MiB if all differ
 _RECENT = 1 << 16
-_RUN_ROWS = 1 << 21  # of runs that are joined: while that is done, their 48 MiB are there twice
+_RUN_ROWS = 1 << 20  # of runs that are joined: while that is done, their 24 MiB are there twice
 _FILES_AT_ONCE = 16  # requests in flight, where storage is far away
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<i8")])  # the halves of a key, and the row
 _Records = npt.NDArray[np.void]
