@@ -1,46 +1,90 @@
-"""Linear layers outside the experts, through the same CPU kernel: in their stored dtype, same bits in any batch."""
+"""Weights outside the experts, through the same CPU kernel: in their stored dtype, same bits in any batch."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from moegen.ops.expert_weights import PanelMatrix
 
 
-class PanelLinear(nn.Module):
-    """Takes a `nn.Linear`'s place; its weights are kept in `dtype` where that loses nothing, in float32 otherwise."""
+class PanelWeight(torch.Tensor):
+    """A float32 matrix `[O, I]` that lies in panels: the modules that have it multiply with it, or look up in it.
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        weight_OI = linear.weight.detach()
+    The kernel is reached through torch's own functions, because routers call `linear` with weights of their own, and a
+    head may share the embedding's. torch's BLAS would answer a row differently in a batch of few rows and of many, and
+    a router may then choose another expert. Whatever else is done with it is done with a copy, `[O, I]`.
+    """
+
+    _matrix: PanelMatrix
+
+    @staticmethod
+    def __new__(cls, weight_OI: torch.Tensor, dtype: torch.dtype) -> PanelWeight:
+        """Kept in `dtype` where that loses nothing, in float32 otherwise."""
+        weight_OI = weight_OI.detach()
+        out_features, in_features = weight_OI.shape
         if not torch.equal(weight_OI.to(dtype).to(weight_OI.dtype), weight_OI):
             dtype = weight_OI.dtype
-        self.out_features, self.in_features = weight_OI.shape
-        self.bias = linear.bias
-        self._matrix = PanelMatrix(1, self.out_features, self.in_features, dtype)
+        # What torch itself sees has the shape, and shows at once if anything reached it past the functions below.
+        self = torch.full((), torch.nan).expand(weight_OI.shape).as_subclass(cls)
+        self._matrix = PanelMatrix(1, out_features, in_features, dtype)
         self._matrix.place(0, 0, weight_OI)
+        return self
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """For models that multiply with it themselves, as some do with their router's."""
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            match args:
+                case [x, PanelWeight() as weight, *bias] if func is F.linear:
+                    return weight.times(x, *bias, **kwargs)
+                case [ids, PanelWeight() as weight, *_] if func is F.embedding:
+                    return weight.look_up(ids)  # the other parameters are of training
+                case [PanelWeight() as weight, *dtypes] if func in _TO_FLOAT and dtypes in ([], [torch.float32]):
+                    return weight
+            if func not in _METADATA:
+                args, kwargs = tree_map_only(PanelWeight, PanelWeight.unpacked, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def unpacked(self) -> torch.Tensor:
+        """`[O, I]`, made anew at every call."""
         return self._matrix.unpacked(0).float()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_TI = x.reshape(-1, self.in_features)
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., O]` of `x[..., I]` and `bias[O]`."""
+        x_TI = x.reshape(-1, self._matrix.in_features)
         out_TO = self._matrix.linear(x_TI, [x_TI.shape[0]])
-        if self.bias is not None:
-            out_TO += self.bias
-        return out_TO.view(*x.shape[:-1], self.out_features)
+        if bias is not None:
+            out_TO += bias
+        return out_TO.view(*x.shape[:-1], self._matrix.out_features)
+
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[..., I]`: the features that `ids[...]` name."""
+        return self._matrix.looked_up(0, ids.reshape(-1)).float().view(*ids.shape, self._matrix.in_features)
 
 
-def panel_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Puts a `PanelLinear` in the place of every linear layer, except one that shares its weights (a tied head)."""
-    owners: dict[int, int] = {}
+_TO_FLOAT = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)
+_METADATA = tuple(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "grad_fn"))
+
+
+def panel_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts a `PanelWeight` in the place of every matrix that modules have as their `weight` and multiply with."""
+    owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and owners[id(child.weight)] == 1:
-                setattr(parent, name, PanelLinear(child, dtype))
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and weight.dtype == torch.float32:
+            owners[weight].append(module)
+    for weight, modules in owners.items():
+        if not all(isinstance(module, nn.Embedding) for module in modules):
+            panels = PanelWeight(weight, dtype)
+            for module in modules:
+                del module.weight
+                module.weight = panels

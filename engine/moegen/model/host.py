@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moegen.memory.kv_pool import KVShape
 from moegen.memory.state_pool import StateShape
-from moegen.model.dense import panel_linears
+from moegen.model.dense import panel_weights
 from moegen.model.latent import keep_latents
 from moegen.model.norms import row_norms
 from moegen.model.recurrent import RecurrentModule, StateView, hear_of_passes, place_recurrent
@@ -64,7 +64,7 @@ class ModelHost:
         if latent_kv:
             keep_latents(model, stored)
         if model.device.type == "cpu" and model.dtype == torch.float32:
-            panel_linears(model, stored)
+            panel_weights(model, stored)
             row_norms(model)
         unmask(model)
         hear_of_passes(model, [*place_recurrent(model), *place_indexers(model)])

@@ -78,6 +78,11 @@ class PanelMatrix:
         features_NIP = torch.from_numpy(self._panels_ENIP[expert][:, :, self._places]).view(self.dtype)
         return features_NIP.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
+    def looked_up(self, expert: int, features_T: torch.Tensor) -> torch.Tensor:
+        """`[T, I]`: some rows of one expert's matrix, as they were placed."""
+        panels, within = np.divmod(features_T.numpy(), PANEL)
+        return torch.from_numpy(self._panels_ENIP[expert][panels, :, self._places[within]]).view(self.dtype)
+
     def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
         return laid_out(x_TI)
 

@@ -51,8 +51,8 @@ class Footprint:
 
     @property
     def dense(self) -> int:
-        """Weights outside the experts: linear layers as experts are kept, embeddings in the dtype of arithmetic."""
-        embedding = self.shape.vocab_size * self.shape.hidden_size
+        """Weights outside the experts: what multiplies as experts are kept, embeddings in the dtype of arithmetic."""
+        embedding = 0 if self.shape.tied_head else self.shape.vocab_size * self.shape.hidden_size
         expanded = embedding + self.shape.coded_dense_weights  # their values need not be exact in the stored dtype
         linear = self.shape.weights - self.shape.expert_weights - expanded
         if self.latent and self.compute_dtype == "float32":

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.initialization import no_init_weights
 
 from moegen.memory.kv_pool import KVPool, KVShape
-from moegen.model.dense import PanelLinear
+from moegen.model.dense import panel_weights
 from moegen.model.host import ModelHost, is_experts
 from moegen.model.seams import SEAMS
 from moegen.ops.attention import AttentionRule, kernel_decode, paged_attention
@@ -68,9 +68,10 @@ def _linears(device: torch.device, stored: torch.dtype, compute: torch.dtype, si
     count = max(_CACHE_BYTES // (side * side * stored.itemsize), 2)
     linear = nn.Linear(side, side, bias=False, device=device, dtype=compute).requires_grad_(False)
     linear.weight.fill_(0.01)
+    linears = [copy.deepcopy(linear) for _ in range(count)]
     if device.type == "cpu" and compute == torch.float32:
-        return [PanelLinear(linear, stored) for _ in range(count)]
-    return [copy.deepcopy(linear) for _ in range(count)]
+        panel_weights(nn.ModuleList(linears), stored)
+    return linears
 
 
 def _linear_rate(linears: list[Any], device: torch.device, compute: torch.dtype) -> Callable[[int], float]:

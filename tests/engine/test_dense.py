@@ -1,0 +1,106 @@
+"""Weights outside the experts, in panels: torch's functions on them, and rows that do not know their batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from moegen.model.dense import PanelWeight, panel_weights
+from moegen.run.engine import Engine
+from moegen.schedule.sequence import Request
+from moegen.spec import Sampling
+from moegen.text import Tokenizer
+from torch import nn
+
+from tests.engine.parts import plan, run
+from tests.tiny import tiny_checkpoint
+
+LOW, HIGH = 96, 1024  # features
+
+
+class Router(nn.Module):
+    """As routers are: a bare matrix, widened at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(LOW, HIGH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.type(torch.float32), self.weight.type(torch.float32))
+
+
+@pytest.fixture
+def model() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    parts = {
+        "router": Router(),
+        "linear": nn.Linear(HIGH, LOW),
+        "lookup": nn.Embedding(LOW, HIGH),
+        "tied": nn.Embedding(LOW, HIGH),
+        "head": nn.Linear(HIGH, LOW, bias=False),
+    }
+    parts["head"].weight = parts["tied"].weight
+    return nn.ModuleDict(parts).requires_grad_(False)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_modules_answer_as_before(model, stored):
+    for module in model.values():  # in bfloat16 exact weights stay in few bytes
+        module.weight.copy_(module.weight.to(stored))
+    x, ids = torch.randn(3, 5, HIGH), torch.randint(LOW, (2, 7))
+    inputs = {"router": x, "linear": x, "lookup": ids, "tied": ids, "head": x}
+    wanted = {name: module(inputs[name]) for name, module in model.items()}
+    panel_weights(model, stored)
+    for name, module in model.items():
+        assert torch.allclose(module(inputs[name]), wanted[name], rtol=1e-4, atol=1e-3), name
+    assert torch.equal(model["tied"](ids), wanted["tied"])
+    assert model["tied"].weight is model["head"].weight
+    assert [name for name, _ in model.named_parameters()] == ["linear.bias", "lookup.weight"]
+
+
+def test_what_is_not_exact_in_fewer_bytes_keeps_its_own(model):
+    x = torch.randn(4, HIGH)
+    wanted = model["linear"](x)
+    panel_weights(model, torch.bfloat16)
+    assert torch.allclose(model["linear"](x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["router", "linear", "head"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(model, part):
+    panel_weights(model, torch.float32)
+    x = torch.randn(515, HIGH)
+    whole = model[part](x)
+    for rows in (1, 2, 7, 16, 100):
+        assert torch.equal(model[part](x[:rows]), whole[:rows])
+
+
+def test_other_functions_meet_a_copy():
+    matrix, x = torch.randn(LOW, HIGH), torch.randn(3, HIGH)
+    weight = PanelWeight(matrix, torch.float32)
+    assert torch.equal(x @ weight.T, x @ matrix.T)
+    assert torch.equal(weight[4], matrix[4])
+    assert torch.equal(F.linear(matrix, weight[:2] * 1), F.linear(matrix, matrix[:2]))
+    assert torch.equal(weight.to(torch.bfloat16), matrix.to(torch.bfloat16))
+    assert weight.float() is weight
+    assert (weight.shape, weight.dtype, weight.device, len(weight)) == (matrix.shape, matrix.dtype, matrix.device, LOW)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_logprobs_are_the_same_bits_in_any_batch(tied: bool, tmp_path: Path) -> None:
+    """Also of a router that sees one row or many, which is where another batch once chose another expert."""
+    checkpoint = tiny_checkpoint(
+        tmp_path, seed=3, hidden_size=512, num_experts=64, num_experts_per_tok=8, tie_word_embeddings=tied
+    )
+    requests = [
+        Request(row, tuple((7 * row + 3 * i) % 256 for i in range(1 + row % 5)), Sampling(max_tokens=6), logprobs=2)
+        for row in range(40)
+    ]
+    sizes = plan(kv_pages=256, pass_tokens=256)
+    with Engine.load(checkpoint, sizes, staged=True, tokenizer=Tokenizer(checkpoint)) as engine:
+        together, _ = run(engine, requests)
+        for row in (0, 13, 39):
+            alone, _ = run(engine, [requests[row]])
+            assert alone[row] == together[row]
