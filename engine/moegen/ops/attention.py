@@ -20,9 +20,8 @@ import torch.nn.functional as F
 
 from moegen.ops.decode_kernel import decode_attention, kernel_reads
 from moegen.ops.gathered_decode import gathered_decode
-from moegen.ops.kv_pages import LatentPages, LayerPages
+from moegen.ops.kv_pages import LayerPages
 from moegen.ops.latent_heads import LatentHeads
-from moegen.ops.latent_kernel import latent_decode
 from moegen.schedule.step import AttentionBatch, DecodeSpans, Span
 
 # The fp32 score matrix of one sequence is cut by query rows so that it stays near this size.
@@ -87,7 +86,7 @@ def paged_attention(
 
     def decode(query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
         if reads:
-            kernel_decode(query_THD, pages, spans, rule, out_THD)
+            decode_attention(query_THD, pages, spans, rule, out_THD)
         else:
             gathered_decode(query_THD, pages.rows, pages.gathered_bytes, pages.page_tokens, spans, rule, out_THD)
 
@@ -116,16 +115,6 @@ def absorbed_decode(
         decode(query_SHW, replace(part, rows=np.arange(len(part.rows))), plain, latent_SHR)
         out_THD[rows_S] = rule.latent.lift(latent_SHR).to(out_THD.dtype)
     return None
-
-
-def kernel_decode(
-    query_THD: torch.Tensor, pages: LayerPages, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor
-) -> None:
-    """By the host's compiled kernel for these pages; queries over latents are absorbed."""
-    if isinstance(pages, LatentPages):
-        latent_decode(query_THD, pages.keys_PGCD, spans, rule, out_THD)
-    else:
-        decode_attention(query_THD, pages, spans, rule, out_THD)
 
 
 def span_attention(

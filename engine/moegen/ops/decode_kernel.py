@@ -9,6 +9,11 @@ running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for s
 memory at a time, so they are asked for evenly: a block's values while its keys are scored, the next block's keys, or
 those of the thread's next task, while its values are added.
 
+Over latents (`moegen.ops.latent_heads`) all query heads share one key per token, whose first elements are the value
+too: about two multiply-adds per head and element of a page, so arithmetic binds, not memory. A task is then a block of
+heads, few enough that their queries and answers stay in a core's second-level cache, and values are widened once for
+all of them.
+
 Threads take tasks from one counter, so a ragged batch is balanced. Pieces are cut by the sequence's own length and
 merged in order: neither the number of threads nor the rest of the batch changes a bit of the result.
 
@@ -50,6 +55,7 @@ from moegen.ops.vectors import (
     take_number,
     transpose,
     widen,
+    widen_block,
 )
 from moegen.schedule.step import DecodeSpans, Ints
 
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of the pages that the kernel reads
 PIECE_TOKENS = 1024  # a longer sequence is cut, so that a few long ones keep every core busy
 _FLOAT = 4  # bytes
+_BLOCK_HEADS = 64  # over latents
 _NO_SCALES = np.zeros((1, 1, 1), np.float32)
 
 lock_kernel_cache()
@@ -67,12 +74,14 @@ _jit = numba.njit(error_model="numpy")
 
 
 class _Shape(NamedTuple):
-    groups: int  # KV heads
-    repeat: int  # query heads per KV head
+    groups: int  # KV heads, or blocks of the query heads over latents
+    kv_heads: int  # as many, or 1 over latents
+    repeat: int  # query heads of a group
     tile: int  # of these that a product takes at once
     page_tokens: int
     key_dim: int
     value_dim: int
+    value_stride: int  # from one token's value to the next: over latents, a key's dim
     size: int  # bytes of an element of a page
     out_stride: int  # value_dim, up to whole blocks
 
@@ -96,16 +105,17 @@ class _Spans(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Addresses of what one thread works in, float32 but for the tables."""
+    """Addresses of what one thread works in, float32 but for the tables, which have addresses."""
 
     own: int  # [key_dim / DEPTH, R, X_STRIDE] queries
     flipped: int  # [key_dim, BLOCK] keys
-    rest: int  # [DEPTH, BLOCK] the last columns of values
+    panel: int  # [DEPTH, BLOCK] columns of values
     scales: int  # [DEPTH] of tokens
     scores: int  # [R, X_STRIDE] of DEPTH tokens
     state: int  # of a span that is one piece
-    panels: int  # [DEPTH] addresses
-    aheads: int  # [DEPTH] addresses
+    panels: int  # [DEPTH] of what is multiplied
+    aheads: int  # [DEPTH] of what is asked for beside it
+    copies: int  # [DEPTH] of pieces of `panel`
 
 
 class _Piece(NamedTuple):
@@ -143,8 +153,10 @@ def decode_attention(
     out_THD: torch.Tensor,
 ) -> None:
     """Writes the attention of each span's query into its row of `out_THD`."""
-    keys_PGCD, values_PGCD, *scales = pages.tables
-    heads, groups, value_dim = query_THD.shape[1], keys_PGCD.shape[1], values_PGCD.shape[3]
+    keys_PGCD, *others = pages.tables
+    values_PGCD, *scales = others or [keys_PGCD]  # over latents, what is kept is both
+    heads, value_dim = out_THD.shape[1:]
+    groups = keys_PGCD.shape[1] if others else _head_blocks(heads)
     repeat = heads // groups
     begins, first_pieces = cut(spans, rule, keys_PGCD.shape[2])
     pieces = np.diff(first_pieces)
@@ -155,6 +167,7 @@ def decode_attention(
     with numba_threads() as threads:
         _decode(
             threads,
+            groups,
             query_THD.float().contiguous().numpy(),
             _as_numpy(keys_PGCD),
             _as_numpy(values_PGCD),
@@ -173,12 +186,17 @@ def decode_attention(
             np.zeros(1 + len(pieces) * groups, np.int64),
             torch.empty(first_states[-1] * groups, _state_floats(repeat, value_dim)).numpy(),
             torch.zeros(threads, _scratch_floats(repeat, query_THD.shape[2], value_dim)).numpy(),
-            np.zeros((threads, 2 * DEPTH), np.int64),
+            np.zeros((threads, 3 * DEPTH), np.int64),
             answer_THD.numpy(),
         )
     if not in_place:
         rows = torch.from_numpy(spans.rows)
         out_THD[rows] = answer_THD[rows].to(out_THD.dtype)
+
+
+def _head_blocks(heads: int) -> int:
+    """Into how many blocks of equal size query heads over latents are cut."""
+    return next(blocks for blocks in range(-(-heads // _BLOCK_HEADS), heads + 1) if heads % blocks == 0)
 
 
 def _as_numpy(pages: torch.Tensor) -> npt.NDArray[np.generic]:
@@ -204,11 +222,11 @@ def _state_floats(repeat: int, value_dim: int) -> int:
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def _decode(  # type: ignore[no-untyped-def]
-    threads, query, keys, values, key_scales, value_scales, rows, begins, ends, page_starts, page_ids, first_pieces,
-    piece_spans, first_states, scaling, cap, sinks, counters, states, floats, tables, out,
+    threads, groups, query, keys, values, key_scales, value_scales, rows, begins, ends, page_starts, page_ids,
+    first_pieces, piece_spans, first_states, scaling, cap, sinks, counters, states, floats, tables, out,
 ):  # fmt: skip
     for thread in numba.prange(threads):
-        shape = _shape(query, keys, values)
+        shape = _shape(groups, query, keys, values, out)
         scratch = _lay_out(
             shape, floats.ctypes.data + thread * floats.shape[1] * _FLOAT,
             tables.ctypes.data + thread * tables.shape[1] * 8,
@@ -216,7 +234,7 @@ def _decode(  # type: ignore[no-untyped-def]
         spans = _Spans(
             rows.ctypes.data, begins.ctypes.data, ends.ctypes.data, page_starts.ctypes.data, page_ids.ctypes.data,
             first_pieces.ctypes.data, piece_spans.ctypes.data, first_states.ctypes.data, keys.ctypes.data,
-            values.ctypes.data, key_scales.ctypes.data, value_scales.ctypes.data, len(piece_spans) * keys.shape[1],
+            values.ctypes.data, key_scales.ctypes.data, value_scales.ctypes.data, len(piece_spans) * groups,
         )  # fmt: skip
         _work(
             keys.dtype.type(0), shape, scratch, spans, query.ctypes.data, scaling, cap, sinks.ctypes.data,
@@ -246,14 +264,15 @@ def _work(kind, shape, scratch, spans, query, scaling, cap, sinks, counter, stat
 
 
 @_jit
-def _shape(query, keys, values):  # type: ignore[no-untyped-def]
-    groups, page_tokens, key_dim = keys.shape[1:]
-    value_dim, repeat = values.shape[3], query.shape[1] // groups
+def _shape(groups, query, keys, values, out):  # type: ignore[no-untyped-def]
+    kv_heads, page_tokens, key_dim = keys.shape[1:]
+    value_dim, repeat = out.shape[2], query.shape[1] // groups
     tiles = (repeat + MAX_ROWS - 1) // MAX_ROWS
     out_stride = (value_dim + BLOCK - 1) // BLOCK * BLOCK
     return _Shape(
-        groups, repeat, (repeat + tiles - 1) // tiles, page_tokens, key_dim, value_dim, keys.itemsize, out_stride
-    )
+        groups, kv_heads, repeat, (repeat + tiles - 1) // tiles, page_tokens, key_dim, value_dim, values.shape[3],
+        keys.itemsize, out_stride,
+    )  # fmt: skip
 
 
 def _scratch_floats(repeat: int, key_dim: int, value_dim: int) -> int:
@@ -266,12 +285,14 @@ def _scratch_floats(repeat: int, key_dim: int, value_dim: int) -> int:
 def _lay_out(shape, floats, table):  # type: ignore[no-untyped-def]
     """Where in the thread's memory what lies: everything begins with a cache line."""
     flipped = floats
-    rest = flipped + shape.key_dim * BLOCK * _FLOAT
-    scales = rest + DEPTH * BLOCK * _FLOAT
+    panel = flipped + shape.key_dim * BLOCK * _FLOAT
+    scales = panel + DEPTH * BLOCK * _FLOAT
     scores = scales + DEPTH * _FLOAT
     own = scores + shape.repeat * X_STRIDE * _FLOAT
     state = own + (shape.key_dim + DEPTH - 1) // DEPTH * shape.repeat * X_STRIDE * _FLOAT
-    return _Scratch(own, flipped, rest, scales, scores, state, table, table + 8 * DEPTH)
+    return _Scratch(
+        own, flipped, panel, scales, scores, state, table, table + 8 * DEPTH, table + 2 * 8 * DEPTH
+    )  # fmt: skip
 
 
 @_jit
@@ -292,7 +313,8 @@ def _piece(task, shape, spans):  # type: ignore[no-untyped-def]
 def _place(shape, spans, piece, token, pages, row_bytes):  # type: ignore[no-untyped-def]
     """The address of what pages have of a token, `row_bytes` of it."""
     page = get(spans.page_ids + 8 * (piece.first_id + token // shape.page_tokens))
-    row = (page * shape.groups + piece.group) * shape.page_tokens + token % shape.page_tokens
+    kv_head = min(piece.group, shape.kv_heads - 1)
+    row = (page * shape.kv_heads + kv_head) * shape.page_tokens + token % shape.page_tokens
     return pages + row * row_bytes
 
 
@@ -300,6 +322,12 @@ def _place(shape, spans, piece, token, pages, row_bytes):  # type: ignore[no-unt
 def _together(shape):  # type: ignore[no-untyped-def]
     """Whether whole pages fill DEPTH tokens."""
     return shape.page_tokens % BLOCK == 0 and DEPTH % shape.page_tokens == 0
+
+
+@_jit
+def _has_values(shape):  # type: ignore[no-untyped-def]
+    """Of their own, which latents have not."""
+    return shape.groups == shape.kv_heads and shape.value_dim == shape.value_stride
 
 
 @_jit
@@ -351,14 +379,15 @@ def _attend(kind, shape, scratch, spans, piece, cap, state, counter):  # type: i
         put(state.best + r * _FLOAT, np.float32(-np.inf))
         put(state.total + r * _FLOAT, np.float32(0))
     clear(state.acc, shape.repeat * shape.out_stride // LANES)
-    key_bytes, value_bytes = shape.key_dim * shape.size, shape.value_dim * shape.size
+    key_bytes, value_bytes = shape.key_dim * shape.size, shape.value_stride * shape.size
     start, task, then = piece.start, -1, piece
     while start < piece.end:
         stop = _block_end(shape, start, piece.end)
         for token in range(start, stop, BLOCK):
             key = _place(shape, spans, piece, token, spans.keys, key_bytes)
-            value = _place(shape, spans, piece, token, spans.values, value_bytes)
-            _score(kind, shape, scratch, key, min(stop - token, BLOCK), token - start, value)
+            ahead = token if _has_values(shape) else min(token + BLOCK, piece.end - 1)
+            ahead = _place(shape, spans, piece, ahead, spans.values, value_bytes)
+            _score(kind, shape, scratch, key, min(stop - token, BLOCK), token - start, ahead)
         if shape.size == 1:
             _scale_columns(shape, scratch, spans, piece, start, stop, spans.key_scales)
         _soften(shape, scratch, piece.low - start, stop - start, cap, state)
@@ -394,14 +423,14 @@ def _block_end(shape, start, end):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _score(kind, shape, scratch, key, tokens, column, value):  # type: ignore[no-untyped-def]
-    """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c; prefetches as many values."""
-    flip(kind, shape.key_dim, shape.size, key, tokens, scratch.flipped)
-    ahead_stride = BLOCK * shape.value_dim * shape.size // shape.key_dim
+def _score(kind, shape, scratch, key, tokens, column, ahead):  # type: ignore[no-untyped-def]
+    """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c; prefetches as many values at `ahead`."""
+    _flip(kind, shape.key_dim, shape.size, key, tokens, scratch.flipped)
+    ahead_stride = BLOCK * shape.value_stride * shape.size // shape.key_dim
     for d in range(0, shape.key_dim, DEPTH):
         depth = min(DEPTH, shape.key_dim - d)
         put(scratch.panels, scratch.flipped + d * BLOCK * _FLOAT)
-        put(scratch.aheads, value + d * ahead_stride)
+        put(scratch.aheads, ahead + d * ahead_stride)
         for r in range(0, shape.repeat, shape.tile):
             product(
                 np.float32(0), kind, d == 0, min(shape.tile, shape.repeat - r), depth,
@@ -412,7 +441,7 @@ def _score(kind, shape, scratch, key, tokens, column, value):  # type: ignore[no
 
 
 @_jit
-def flip(kind, dim, size, key, tokens, flipped):  # type: ignore[no-untyped-def]
+def _flip(kind, dim, size, key, tokens, flipped):  # type: ignore[no-untyped-def]
     """`flipped[d, c] = key[min(c, tokens - 1), d]` for BLOCK columns c (or garbage in columns >= tokens)."""
     width = LANES * _FLOAT // size  # elements of LANES words
     whole = dim - dim % width
@@ -457,33 +486,44 @@ def _soften(shape, scratch, low, tokens, cap, state):  # type: ignore[no-untyped
 
 @_jit
 def _add_values(kind, shape, scratch, tokens, panel_rows, acc):  # type: ignore[no-untyped-def]
-    """`acc[r] += sum over c < tokens of weights[r, c] * value[c]`, for the values at the addresses in the table."""
-    dim = shape.value_dim
-    whole = dim - dim % BLOCK
-    ahead_stride = BLOCK * shape.key_dim * shape.size // max(whole, BLOCK)
-    for r in range(0, shape.repeat, shape.tile):
-        rows, weights = min(shape.tile, shape.repeat - r), scratch.scores + r * X_STRIDE * _FLOAT
-        for d in range(0, whole, BLOCK):
-            product(
-                kind, kind, 0, rows, tokens, weights, scratch.panels, panel_rows, d * shape.size, dim,
-                scratch.aheads, d // BLOCK * panel_rows * ahead_stride, ahead_stride,
-                acc + (r * shape.out_stride + d) * _FLOAT, shape.out_stride,
-            )  # fmt: skip
-    if whole < dim:
-        _add_rest(kind, shape, scratch, tokens, panel_rows, whole, acc)
+    """`acc[r] += sum over c < tokens of weights[r, c] * value[c]`, for the values at the addresses in the table.
+
+    They are copied, as float32, where they fill no whole vectors and where several tiles of heads meet them.
+    """
+    dim, tiles = shape.value_dim, (shape.repeat + shape.tile - 1) // shape.tile
+    ahead_stride = BLOCK * shape.key_dim * shape.size // (max(dim - dim % BLOCK, BLOCK) * tiles)
+    for d in range(0, dim, BLOCK):
+        columns = min(BLOCK, dim - d)
+        copied = columns < BLOCK or tiles > 1
+        if copied:
+            _widen_columns(kind, shape, scratch, tokens, panel_rows, d, columns)
+        for r in range(0, shape.repeat, shape.tile):
+            rows, weights = min(shape.tile, shape.repeat - r), scratch.scores + r * X_STRIDE * _FLOAT
+            ahead = (d // BLOCK * tiles + r // shape.tile) * panel_rows * ahead_stride
+            to = acc + (r * shape.out_stride + d) * _FLOAT
+            if copied:
+                product(
+                    np.float32(0), kind, 0, rows, tokens, weights, scratch.copies, panel_rows, 0, BLOCK,
+                    scratch.aheads, ahead, ahead_stride, to, shape.out_stride,
+                )  # fmt: skip
+            else:
+                product(
+                    kind, kind, 0, rows, tokens, weights, scratch.panels, panel_rows, d * shape.size,
+                    shape.value_stride, scratch.aheads, ahead, ahead_stride, to, shape.out_stride,
+                )  # fmt: skip
 
 
 @_jit
-def _add_rest(kind, shape, scratch, tokens, panel_rows, whole, acc):  # type: ignore[no-untyped-def]
-    """The columns of values that are no whole block, through a copy."""
+def _widen_columns(kind, shape, scratch, tokens, panel_rows, first, columns):  # type: ignore[no-untyped-def]
+    """`panel[c, i] = value[c, first + i]` for `columns` of the tokens' values, and where its pieces begin."""
     for c in range(tokens):
-        value = get(scratch.panels + c // panel_rows * 8) + c % panel_rows * shape.value_dim * shape.size
-        for d in range(whole, shape.value_dim):
-            widen(kind, value + d * shape.size, scratch.rest + (c * BLOCK + d - whole) * _FLOAT)
-    put(scratch.panels, scratch.rest)
-    for r in range(0, shape.repeat, shape.tile):
-        product(
-            np.float32(0), kind, 0, min(shape.tile, shape.repeat - r), tokens,
-            scratch.scores + r * X_STRIDE * _FLOAT, scratch.panels, tokens, 0, BLOCK, scratch.aheads, 0, 0,
-            acc + (r * shape.out_stride + whole) * _FLOAT, shape.out_stride,
-        )  # fmt: skip
+        place = scratch.panel + c * BLOCK * _FLOAT
+        if c % panel_rows == 0:
+            put(scratch.copies + c // panel_rows * 8, place)
+        value = get(scratch.panels + c // panel_rows * 8)
+        value += (c % panel_rows * shape.value_stride + first) * shape.size
+        if columns == BLOCK:
+            widen_block(kind, value, place)
+        else:
+            for i in range(columns):
+                widen(kind, value + i * shape.size, place + i * _FLOAT)

@@ -19,8 +19,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from moegen.ops.attention import AttentionRule, absorbed_decode, kernel_decode, span_attention
-from moegen.ops.decode_kernel import KV_DTYPES
+from moegen.ops.attention import AttentionRule, absorbed_decode, span_attention
+from moegen.ops.decode_kernel import KV_DTYPES, decode_attention
 from moegen.ops.gathered_decode import gathered_decode
 from moegen.ops.kv_pages import LayerPages
 from moegen.ops.link import Link
@@ -86,7 +86,7 @@ class HostedAttention:
         """In float32, row after row of `query_SHD`."""
         answer_SHD = torch.empty(*query_SHD.shape[:2], pages.values_PGCD.shape[-1])
         spans = replace(decode, rows=np.arange(len(decode.rows)))
-        kernel_decode(query_SHD, pages, spans, rule, answer_SHD)
+        decode_attention(query_SHD, pages, spans, rule, answer_SHD)
         return answer_SHD
 
     def _pages(self, pages: LayerPages, ids_N: Ints) -> tuple[torch.Tensor, torch.Tensor]:

@@ -96,6 +96,19 @@ def widen(typing, kind, source, to):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def widen_block(typing, kind, source, to):  # type: ignore[no-untyped-def]
+    """Copies BLOCK elements at `source` to `to`, as float32."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        for vector in range(BLOCK // LANES):
+            place = b.add(args[1], i64(vector * LANES * nbytes(kind)))
+            store(b, as_floats(b, place, kind), b.add(args[2], i64(4 * vector * LANES)))
+        return context.get_dummy_value()
+
+    return types.void(kind, types.intp, types.intp), generate
+
+
+@intrinsic
 def get(typing, address):  # type: ignore[no-untyped-def]
     """The integer at `address`."""
 

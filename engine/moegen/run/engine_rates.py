@@ -17,7 +17,8 @@ from moegen.memory.kv_pool import KVPool, KVShape
 from moegen.model.dense import panel_weights
 from moegen.model.host import ModelHost, is_experts
 from moegen.model.seams import SEAMS
-from moegen.ops.attention import AttentionRule, kernel_decode, paged_attention
+from moegen.ops.attention import AttentionRule, paged_attention
+from moegen.ops.decode_kernel import decode_attention
 from moegen.ops.expert_weights import ExpertGroup, ResidentExperts, expert_matrix
 from moegen.ops.sampling import sample
 from moegen.plan.cost import CostModel
@@ -152,7 +153,7 @@ def latent_flops_per_s(dtype: torch.dtype) -> float:
     query_SHW = torch.zeros(sequences, _LATENT_HEADS, _LATENT.key_dim)
     out_SHR = torch.empty(sequences, _LATENT_HEADS, _LATENT.value_dim)
     rule = AttentionRule(_HEAD_DIM**-0.5)
-    seconds = best_seconds(lambda: kernel_decode(query_SHW, pages, spans, rule, out_SHR), torch.device("cpu"))
+    seconds = best_seconds(lambda: decode_attention(query_SHW, pages, spans, rule, out_SHR), torch.device("cpu"))
     return 2 * _LATENT_HEADS * (_LATENT.key_dim + _LATENT.value_dim) * sequences * context / seconds
 
 
