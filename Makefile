@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One command line for tests, here and in CI.
-# Two workers: most of the time goes into waiting for services and Airflow to start. A file stays with one worker.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Three workers, as most of the time goes into waiting for services and Airflow. A file stays with one worker.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 
 .PHONY: install demo test check docs bench bench-gpu lock clean
 
