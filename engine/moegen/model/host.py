@@ -17,6 +17,7 @@ from moegen.model.dense import panel_weights
 from moegen.model.latent import keep_latents
 from moegen.model.norms import row_norms
 from moegen.model.recurrent import RecurrentModule, StateView, hear_of_passes, place_recurrent
+from moegen.model.rotary import row_rotations
 from moegen.model.seams import Done, ExpertStage, Observer, PassContext, Unobserved
 from moegen.model.sparse import PagedIndexer, place_indexers, unmask
 from moegen.model.stages import StagedLayer, plain_parts
@@ -66,6 +67,7 @@ class ModelHost:
         if model.device.type == "cpu" and model.dtype == torch.float32:
             panel_weights(model, stored)
             row_norms(model)
+            row_rotations(model)
         unmask(model)
         hear_of_passes(model, [*place_recurrent(model), *place_indexers(model)])
         if staged:
