@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One command line for tests, here and in CI.
-# Three workers, as most of the time goes into waiting for services and Airflow. A file stays with one worker.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
+# Three workers, as most of the time goes into waiting for services and Airflow. A file stays with one
+# worker; tests/conftest.py says which come first.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test check docs bench bench-gpu lock clean
 

@@ -32,8 +32,8 @@ from moegen.model.host import ModelHost
 from moegen.model.seams import SEAMS
 from moegen.model.tiny import tiny_config
 from moegen.ops.attention import AttentionRule, paged_attention
-from moegen.ops.decode_kernel import decode_attention
 from moegen.ops.kv_pages import LayerPages
+from moegen.ops.paged_kernel import attend_pages
 from moegen.plan.machine import Machine
 from moegen.run.certify import logit_difference, random_model
 from moegen.schedule.step import AttentionBatch, Span
@@ -94,7 +94,7 @@ class Pages:
 
     def decode(self, layer: int) -> None:
         """One step, by the kernel."""
-        decode_attention(self.query_SHD, self.layers[layer], self.batch.decode, self.rule, self.out_SHV)
+        attend_pages(self.query_SHD, self.layers[layer], self.batch.decode, self.rule, self.out_SHV)
 
     def largest_error(self) -> float:
         """Of the kernel's answers beside the torch way's."""

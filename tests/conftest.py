@@ -21,6 +21,14 @@ os.environ |= {
     "NUMBA_NUM_THREADS": "1",
 }
 
+_LONGEST_FIRST = ("airflow", "service", "job", "cli", "engine")  # folders: what is begun last is waited for alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folder after folder."""
+    rank = {folder: number for number, folder in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
+
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:

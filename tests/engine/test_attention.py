@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from moegen.ops.attention import AttentionRule, paged_attention
-from moegen.ops.decode_kernel import kernel_reads
 from moegen.ops.kv_pages import CodedPages, LayerPages
+from moegen.ops.paged_kernel import kernel_reads
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.sequence import Request, Sequence
 from moegen.schedule.step import AttentionBatch, Chunk, Span, Step

@@ -21,7 +21,7 @@ from moegen.ops.link import Link
 from moegen.row import Status
 from moegen.run.engine import Engine
 from moegen.schedule.sequence import Request
-from moegen.schedule.step import DecodeSpans
+from moegen.schedule.step import QuerySpans
 from moegen.spec import Sampling
 
 from tests.engine.parts import plan, run
@@ -112,7 +112,7 @@ def test_bfloat16_queries_get_bfloat16_answers() -> None:
 def test_the_share_is_of_keys_not_of_sequences() -> None:
     lengths = np.array([1000, 10, 10, 10, 10, 960])
     ends = np.cumsum(np.append(0, -(-lengths // 16)))
-    spans = DecodeSpans(np.arange(6) + 3, lengths, ends, np.arange(ends[-1]) + 100)
+    spans = QuerySpans(np.arange(6) + 3, np.ones(6, np.int64), lengths, ends, np.arange(ends[-1]) + 100)
     here, there = hosted_attention._split(spans, 0.5)
     assert (here.rows.tolist(), there.rows.tolist()) == ([3], [4, 5, 6, 7, 8])
     assert there.page_starts.tolist() == [0, 1, 2, 3, 4, 64]

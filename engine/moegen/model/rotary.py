@@ -34,14 +34,16 @@ class RowRotation:
         """Of heads that are rotated whole, or in part."""
         return self._whole or self._part
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        if len(given) == 4 and not options and self._serves(*given):
+            q, k, cos, sin = given
+            return rotated(q, cos, sin), rotated(k, cos, sin)
+        return self._theirs(*given, **options)
+
+    def _serves(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
         plain = self._whole if cos.shape[-1] == q.shape[-1] else self._part
-        of_rows = q.dtype == k.dtype == cos.dtype == torch.float32 and cos.dim() == 3 and len(cos) == len(q) == 1
-        if not plain or not of_rows or more or options:
-            return self._theirs(q, k, cos, sin, *more, **options)
-        return rotated(q, cos, sin), rotated(k, cos, sin)
+        of_rows = cos.dim() == 3 and len(cos) == len(q) == 1
+        return plain and of_rows and q.dtype == k.dtype == cos.dtype == torch.float32
 
 
 def _is_plain(theirs: Rotate, rotary_dims: int) -> bool:

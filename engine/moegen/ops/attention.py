@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moegen.ops.decode_kernel import decode_attention, kernel_reads
 from moegen.ops.gathered_decode import gathered_decode
 from moegen.ops.kv_pages import LayerPages
 from moegen.ops.latent_heads import LatentHeads
-from moegen.schedule.step import AttentionBatch, DecodeSpans, Span
+from moegen.ops.paged_kernel import attend_pages, kernel_reads
+from moegen.schedule.step import AttentionBatch, QuerySpans, Span
 
 # The fp32 score matrix of one sequence is cut by query rows so that it stays near this size.
 _SCORE_ELEMENTS = 1 << 24
@@ -70,7 +70,14 @@ def paged_attention(
     out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(pages.values_PGCD))
     reads = kernel_reads(query_THD, pages.keys_PGCD)
     use_kernel = use_kernel and rule.chosen_TK is None
-    rest = batch.prefill if use_kernel and (reads or query_THD.device.type != "cpu") else batch.spans
+    rest: Sequence[Span] = batch.spans
+    if use_kernel and (reads or query_THD.device.type != "cpu"):
+        _attend_decode(query_THD, pages, batch.decode, rule, reads, out_THD)
+        rest = batch.prefill
+        if reads and rule.latent is None:
+            if rest:
+                attend_pages(query_THD, pages, batch.prompts, rule, out_THD)
+            return out_THD
     for span in rest:
         own = slice(span.first, span.first + span.length)
         if new is not None and span.length == span.kv_length:
@@ -81,25 +88,31 @@ def paged_attention(
             keys_GLD, values_GLD = pages.gather(span, first)
         own_rule = rule if rule.chosen_TK is None else replace(rule, chosen_TK=rule.chosen_TK[own])
         out_THD[own] = span_attention(query_THD[own], keys_GLD, values_GLD, first, span, own_rule)
-    if rest is batch.spans or not len(batch.decode.rows):
-        return out_THD
-
-    def decode(query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
-        if reads:
-            decode_attention(query_THD, pages, spans, rule, out_THD)
-        else:
-            gathered_decode(query_THD, pages.rows, pages.gathered_bytes, pages.page_tokens, spans, rule, out_THD)
-
-    absorbed_decode(decode, query_THD, pages.keys_PGCD.shape[-1], batch.decode, rule, out_THD)
     return out_THD
 
 
-Decode = Callable[[torch.Tensor, DecodeSpans, AttentionRule, torch.Tensor], None]
+def _attend_decode(
+    query_THD: torch.Tensor, pages: LayerPages, spans: QuerySpans, rule: AttentionRule, reads: bool,
+    out_THD: torch.Tensor,
+) -> None:  # fmt: skip
+    """By the kernel, where it `reads` these pages, or over gathered ones."""
+
+    def decode(query_THD: torch.Tensor, spans: QuerySpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
+        if reads:
+            attend_pages(query_THD, pages, spans, rule, out_THD)
+        else:
+            gathered_decode(query_THD, pages.rows, pages.gathered_bytes, pages.page_tokens, spans, rule, out_THD)
+
+    if len(spans.rows):
+        absorbed_decode(decode, query_THD, pages.keys_PGCD.shape[-1], spans, rule, out_THD)
+
+
+Decode = Callable[[torch.Tensor, QuerySpans, AttentionRule, torch.Tensor], None]
 """Writes the attention of each span's query into its row of the last argument."""
 
 
 def absorbed_decode(
-    decode: Decode, query_THD: torch.Tensor, key_dim: int, spans: DecodeSpans, rule: AttentionRule,
+    decode: Decode, query_THD: torch.Tensor, key_dim: int, spans: QuerySpans, rule: AttentionRule,
     out_THD: torch.Tensor,
 ) -> None:  # fmt: skip
     """`decode` itself, or over latents `key_dim` wide: some spans at a time, absorbed for it and lifted after it."""

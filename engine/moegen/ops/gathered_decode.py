@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moegen.schedule.step import DecodeSpans, Ints
+from moegen.schedule.step import Ints, QuerySpans
 
 if TYPE_CHECKING:
     from moegen.ops.attention import AttentionRule
@@ -45,7 +45,7 @@ def gathered_decode(
     gather: Gather,
     page_bytes: int,
     page_tokens: int,
-    spans: DecodeSpans,
+    spans: QuerySpans,
     rule: AttentionRule,
     out_THD: torch.Tensor,
 ) -> None:
@@ -62,7 +62,7 @@ def gathered_decode(
         out_THD[rows_S] = _attend(query_THD[rows_S], keys_SGLD, values_SGLD, seen_SL, rule)
 
 
-def _buckets(spans: DecodeSpans, page_tokens: int, window: int | None, most_pages: int) -> Iterator[_Bucket]:
+def _buckets(spans: QuerySpans, page_tokens: int, window: int | None, most_pages: int) -> Iterator[_Bucket]:
     """Of at most `most_pages` pages, padding counted, or of one span."""
     begins = np.maximum(spans.kv_lengths - window, 0) if window else 0 * spans.kv_lengths
     first_pages = begins // page_tokens

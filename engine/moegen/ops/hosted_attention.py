@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from moegen.ops.attention import AttentionRule, absorbed_decode, span_attention
-from moegen.ops.decode_kernel import KV_DTYPES, decode_attention
 from moegen.ops.gathered_decode import gathered_decode
 from moegen.ops.kv_pages import LayerPages
 from moegen.ops.link import Link
-from moegen.schedule.step import AttentionBatch, DecodeSpans, Ints, Span
+from moegen.ops.paged_kernel import KV_DTYPES, attend_pages
+from moegen.schedule.step import AttentionBatch, Ints, QuerySpans, Span
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class HostedAttention:
 
     def _attend_there(
         self, query_THD: torch.Tensor, keys_TGD: torch.Tensor, values_TGD: torch.Tensor, pages: LayerPages,
-        prefill: tuple[Span, ...], decode: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor,
+        prefill: tuple[Span, ...], decode: QuerySpans, rule: AttentionRule, out_THD: torch.Tensor,
     ) -> None:  # fmt: skip
         """What the device works off: asked of it, not waited for."""
         for span in prefill:
@@ -74,19 +74,19 @@ class HostedAttention:
         if not len(decode.rows):
             return
 
-        def gathered(query_THD: torch.Tensor, spans: DecodeSpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
+        def gathered(query_THD: torch.Tensor, spans: QuerySpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
             ask = partial(self._pages, pages)
             gathered_decode(query_THD, ask, pages.gathered_bytes, pages.page_tokens, spans, rule, out_THD)
 
         absorbed_decode(gathered, query_THD, pages.keys_PGCD.shape[-1], decode, rule, out_THD)
 
     def _attend_here(
-        self, query_SHD: torch.Tensor, pages: LayerPages, decode: DecodeSpans, rule: AttentionRule
+        self, query_SHD: torch.Tensor, pages: LayerPages, decode: QuerySpans, rule: AttentionRule
     ) -> torch.Tensor:
         """In float32, row after row of `query_SHD`."""
         answer_SHD = torch.empty(*query_SHD.shape[:2], pages.values_PGCD.shape[-1])
         spans = replace(decode, rows=np.arange(len(decode.rows)))
-        decode_attention(query_SHD, pages, spans, rule, answer_SHD)
+        attend_pages(query_SHD, pages, spans, rule, answer_SHD)
         return answer_SHD
 
     def _pages(self, pages: LayerPages, ids_N: Ints) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +99,7 @@ class HostedAttention:
         return keys, values
 
 
-def _split(spans: DecodeSpans, share: float) -> tuple[DecodeSpans, DecodeSpans]:
+def _split(spans: QuerySpans, share: float) -> tuple[QuerySpans, QuerySpans]:
     """The first spans, which together have about this share of all keys, and the others."""
     ends = np.cumsum(spans.kv_lengths)
     count = int(np.searchsorted(ends - spans.kv_lengths / 2, share * ends[-1], side="right")) if len(ends) else 0

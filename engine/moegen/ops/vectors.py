@@ -339,42 +339,71 @@ def soften(typing, rows, row, vectors, low, high, best, total, shrink):  # type:
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         rows, row, vectors, low, high, best, total, shrink = args
-        # A missing row is the last one once more: all is read before anything is written, and written twice the same.
-        last = b.sub(rows, i64(1))
-        own = [b.select(b.icmp_signed("<", i64(r), last), i64(r), last) for r in range(SOFT_ROWS)]
-        bests, totals, shrinks = ([at(b, place, r, 4) for r in own] for place in (best, total, shrink))
-        starts = [at(b, row, r, 4 * X_STRIDE) for r in own]
         bounds = [splat(b, b.trunc(bound, I32)) for bound in (low, high)]
-        before = [splat(b, load(b, place, F32)) for place in bests]
-        tops = [cgutils.alloca_once_value(b, value) for value in before]
-        with cgutils.for_range(b, vectors) as loop:
-            inside = _inside(b, loop.index, *bounds)
-            for start, top in zip(starts, tops, strict=True):
-                score = b.select(inside, load(b, at(b, start, loop.index, 4 * LANES), VF), vf(float("-inf")))
-                b.store(_greater(b, score, b.load(top)), top)
-        maxima = [_reduce(b, b.load(top), _greater) for top in tops]
-        afters = [splat(b, maximum) for maximum in maxima]
-        sums = [cgutils.alloca_once_value(b, vf(0.0)) for _ in own]
-        with cgutils.for_range(b, vectors) as loop:
-            inside = _inside(b, loop.index, *bounds)
-            places = [at(b, start, loop.index, 4 * LANES) for start in starts]
-            scores = [load(b, place, VF) for place in places]
-            for place, score, after, sum_ in zip(places, scores, afters, sums, strict=True):
-                weight = b.select(inside, _exp(b, b.fsub(score, after)), vf(0.0))
-                store(b, weight, place)
-                b.store(b.fadd(b.load(sum_), weight), sum_)
-        factors = [
-            b.extract_element(_exp(b, b.fsub(old, new)), ir.Constant(I32, 0))
-            for old, new in zip(before, afters, strict=True)
-        ]
-        kept = [b.fmul(factor, load(b, place, F32)) for factor, place in zip(factors, totals, strict=True)]
-        for r in range(SOFT_ROWS):
-            store(b, b.fadd(kept[r], _reduce(b, b.load(sums[r]), _sum)), totals[r])
-            store(b, maxima[r], bests[r])
-            store(b, factors[r], shrinks[r])
+        _soften(b, rows, row, vectors, best, total, shrink, lambda vector: [_inside(b, vector, *bounds)] * SOFT_ROWS)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8), generate
+
+
+@intrinsic
+def soften_queries(typing, rows, row, vectors, low, high, end, best, total, shrink):  # type: ignore[no-untyped-def]
+    """`soften` of rows of consecutive queries: columns [low + r, high + r) of row r, before `end`."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        rows, row, vectors, low, high, end, best, total, shrink = args
+        first, after, last = (splat(b, b.trunc(bound, I32)) for bound in (low, high, end))
+        steps = [splat(b, b.trunc(own, I32)) for own in _own_rows(b, rows)]
+
+        def inside(vector: ir.Value) -> list[ir.Value]:
+            there = _inside(b, vector, first, last)
+            seen = [_inside(b, vector, b.add(first, step), b.add(after, step)) for step in steps]
+            return [b.and_(there, own) for own in seen]
+
+        _soften(b, rows, row, vectors, best, total, shrink, inside)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 9), generate
+
+
+def _soften(  # type: ignore[no-untyped-def]
+    b, rows, row, vectors, best, total, shrink, inside: Callable[[ir.Value], list[ir.Value]]
+):  # fmt: skip
+    """`inside(vector)`: for each row, which columns of this vector count."""
+    own = _own_rows(b, rows)
+    bests, totals, shrinks = ([at(b, place, r, 4) for r in own] for place in (best, total, shrink))
+    starts = [at(b, row, r, 4 * X_STRIDE) for r in own]
+    before = [splat(b, load(b, place, F32)) for place in bests]
+    tops = [cgutils.alloca_once_value(b, value) for value in before]
+    with cgutils.for_range(b, vectors) as loop:
+        for start, seen, top in zip(starts, inside(loop.index), tops, strict=True):
+            score = b.select(seen, load(b, at(b, start, loop.index, 4 * LANES), VF), vf(float("-inf")))
+            b.store(_greater(b, score, b.load(top)), top)
+    maxima = [_reduce(b, b.load(top), _greater) for top in tops]
+    afters = [splat(b, maximum) for maximum in maxima]
+    sums = [cgutils.alloca_once_value(b, vf(0.0)) for _ in own]
+    with cgutils.for_range(b, vectors) as loop:
+        places = [at(b, start, loop.index, 4 * LANES) for start in starts]
+        scores = [load(b, place, VF) for place in places]
+        for place, score, seen, after, sum_ in zip(places, scores, inside(loop.index), afters, sums, strict=True):
+            weight = b.select(seen, _exp(b, b.fsub(score, after)), vf(0.0))
+            store(b, weight, place)
+            b.store(b.fadd(b.load(sum_), weight), sum_)
+    factors = [
+        b.extract_element(_exp(b, b.fsub(old, new)), ir.Constant(I32, 0))
+        for old, new in zip(before, afters, strict=True)
+    ]
+    kept = [b.fmul(factor, load(b, place, F32)) for factor, place in zip(factors, totals, strict=True)]
+    for r in range(SOFT_ROWS):
+        store(b, b.fadd(kept[r], _reduce(b, b.load(sums[r]), _sum)), totals[r])
+        store(b, maxima[r], bests[r])
+        store(b, factors[r], shrinks[r])
+
+
+def _own_rows(b: ir.IRBuilder, rows: ir.Value) -> list[ir.Value]:
+    """A missing row is the last one once more: all is read before anything is written, and written twice the same."""
+    last = b.sub(rows, i64(1))
+    return [b.select(b.icmp_signed("<", i64(r), last), i64(r), last) for r in range(SOFT_ROWS)]
 
 
 def _inside(b: ir.IRBuilder, vector: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:

@@ -18,8 +18,8 @@ from moegen.model.dense import panel_weights
 from moegen.model.host import ModelHost, is_experts
 from moegen.model.seams import SEAMS
 from moegen.ops.attention import AttentionRule, paged_attention
-from moegen.ops.decode_kernel import decode_attention
 from moegen.ops.expert_weights import ExpertGroup, ResidentExperts, expert_matrix
+from moegen.ops.paged_kernel import attend_pages
 from moegen.ops.sampling import sample
 from moegen.plan.cost import CostModel
 from moegen.plan.footprint import Footprint
@@ -31,7 +31,7 @@ from moegen.run.engine import Engine
 from moegen.run.stats import PassReport
 from moegen.run.timing import best_seconds
 from moegen.schedule.sequence import Request, Sequence
-from moegen.schedule.step import Chunk, DecodeSpans, Step
+from moegen.schedule.step import Chunk, QuerySpans, Step
 from moegen.shape import ModelShape
 from moegen.spec import Sampling
 
@@ -149,11 +149,11 @@ def latent_flops_per_s(dtype: torch.dtype) -> float:
     ]
     ids = np.arange(sequences * context // _PAGE_TOKENS)
     starts = np.arange(sequences + 1) * (context // _PAGE_TOKENS)
-    spans = DecodeSpans(np.arange(sequences), np.full(sequences, context), starts, ids)
+    spans = QuerySpans(np.arange(sequences), np.ones(sequences, np.int64), np.full(sequences, context), starts, ids)
     query_SHW = torch.zeros(sequences, _LATENT_HEADS, _LATENT.key_dim)
     out_SHR = torch.empty(sequences, _LATENT_HEADS, _LATENT.value_dim)
     rule = AttentionRule(_HEAD_DIM**-0.5)
-    seconds = best_seconds(lambda: decode_attention(query_SHW, pages, spans, rule, out_SHR), torch.device("cpu"))
+    seconds = best_seconds(lambda: attend_pages(query_SHW, pages, spans, rule, out_SHR), torch.device("cpu"))
     return 2 * _LATENT_HEADS * (_LATENT.key_dim + _LATENT.value_dim) * sequences * context / seconds
 
 

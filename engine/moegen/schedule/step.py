@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,6 +12,8 @@ import numpy.typing as npt
 from moegen.schedule.sequence import Sequence
 
 Ints = npt.NDArray[np.int64]
+
+_QUERIES = 16  # of a prompt that meet its keys together: enough to pay for laying these out, few enough for a cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +42,44 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeSpans:
-    """Spans of one token each, as arrays: `page_ids[page_starts[s] : page_starts[s + 1]]` are the pages of span s."""
+class QuerySpans:
+    """Consecutive queries of sequences, as arrays: `page_ids[page_starts[s] : page_starts[s + 1]]` are of span s."""
 
-    rows: Ints  # [S] the token's index in the micro-batch
-    kv_lengths: Ints  # [S]
+    rows: Ints  # [S] the first query's index in the micro-batch
+    queries: Ints  # [S]
+    kv_lengths: Ints  # [S] tokens of the sequence up to and including the last query
     page_starts: Ints  # [S + 1]
     page_ids: Ints
 
     @classmethod
-    def of(cls, spans: list[Span]) -> DecodeSpans:
-        starts = np.zeros(len(spans) + 1, np.int64)
-        np.cumsum([len(span.pages) for span in spans], out=starts[1:])
+    def of(cls, spans: Iterable[Span], most: int = 1) -> QuerySpans:
+        """At most so many queries at once."""
+        cut = [
+            (span.first + done, min(most, span.length - done), span)
+            for span in spans
+            for done in range(0, span.length, most)
+        ]
+        starts = np.zeros(len(cut) + 1, np.int64)
+        np.cumsum([len(span.pages) for _, _, span in cut], out=starts[1:])
         return cls(
-            np.array([span.first for span in spans], np.int64),
-            np.array([span.kv_length for span in spans], np.int64),
+            np.array([row for row, _, _ in cut], np.int64),
+            np.array([queries for _, queries, _ in cut], np.int64),
+            np.array([span.kv_length - span.length + row - span.first + n for row, n, span in cut], np.int64),
             starts,
-            np.array([page for span in spans for page in span.pages], np.int64),
+            np.array([page for _, _, span in cut for page in span.pages], np.int64),
         )
 
-    def part(self, first: int, end: int) -> DecodeSpans:
+    @property
+    def tokens(self) -> Ints:
+        """`[T]` indices of all queries in the micro-batch."""
+        return np.concatenate([np.arange(r, r + n) for r, n in zip(self.rows, self.queries, strict=True)])
+
+    def part(self, first: int, end: int) -> QuerySpans:
         """Spans `first` to before `end`."""
         starts = self.page_starts[first : end + 1]
-        return DecodeSpans(
+        return QuerySpans(
             self.rows[first:end],
+            self.queries[first:end],
             self.kv_lengths[first:end],
             starts - starts[0],
             self.page_ids[starts[0] : starts[-1]],
@@ -90,9 +106,14 @@ class AttentionBatch:
         return self.others[group - 1] if group else self
 
     @cached_property
-    def decode(self) -> DecodeSpans:
+    def decode(self) -> QuerySpans:
         """The spans of one token."""
-        return DecodeSpans.of([span for span in self.spans if span.length == 1])
+        return QuerySpans.of(span for span in self.spans if span.length == 1)
+
+    @cached_property
+    def prompts(self) -> QuerySpans:
+        """The longer spans, cut into blocks of queries."""
+        return QuerySpans.of(self.prefill, _QUERIES)
 
     @cached_property
     def prefill(self) -> tuple[Span, ...]:
