@@ -130,13 +130,13 @@ class CodedMatrix:
         zeros = self.zeros_EGO
         if zeros is None:
             zeros = torch.full((1, 1, self._panels * PANEL), self.coding.zero or 0, dtype=torch.int16)
-        with numba_threads() as threads:
-            grouped_codes(
-                x.numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.coding.bits,
-                self.codes.numpy(), self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels,
-                self.in_features, starts, out_SO.numpy(), torch.empty(threads, BLOCK_INPUTS, PANEL).numpy(),
-                torch.empty(threads, ROW_BLOCK, PANEL).numpy(), threads,
-            )  # fmt: skip
+        threads = numba_threads()
+        grouped_codes(
+            x.numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.coding.bits,
+            self.codes.numpy(), self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels,
+            self.in_features, starts, out_SO.numpy(), torch.empty(threads, BLOCK_INPUTS, PANEL).numpy(),
+            torch.empty(threads, ROW_BLOCK, PANEL).numpy(), threads,
+        )  # fmt: skip
         return out_SO[:, : self.out_features]
 
 

@@ -87,14 +87,13 @@ class PanelMatrix:
         return laid_out(x_TI)
 
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
-        starts = np.zeros(self.experts + 1, np.int64)
-        np.cumsum(counts, out=starts[1:])
+        starts = np.array([0, *counts]).cumsum()
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         out_SO = torch.empty(len(tokens), self._panels_ENIP.shape[1] * PANEL)
         laid_TI = laid_out(x_TI)
         x = laid_TI.as_strided((laid_TI.shape[0], laid_TI.stride(0)), laid_TI.stride())  # with the gaps between rows
-        with numba_threads() as threads:
-            grouped_panels(x.numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
+        threads = numba_threads()
+        grouped_panels(x.numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
         return out_SO[:, : self.out_features]
 
 

@@ -124,10 +124,8 @@ def _add_rows(out_TD: torch.Tensor, routed: _Routed, chunk: ExpertChunk, answer_
     """Adds in float32, expert after expert; `answer_SD` is weighted already but on a CPU."""
     if out_TD.device.type == "cpu":
         weights_S, places_TK = routed.weights_S.float().numpy(), routed.places_TK.numpy()
-        with numba_threads() as threads:
-            add_weighted_rows(
-                out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), chunk.pairs.start, threads
-            )
+        threads = numba_threads()
+        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), chunk.pairs.start, threads)
         return
     tokens_S = routed.tokens_S[chunk.pairs]
     for tokens, answer in zip(tokens_S.split(chunk.counts), answer_SD.split(chunk.counts), strict=True):

@@ -27,9 +27,9 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.T
     x_RD = x.reshape(-1, features).contiguous()
     width = row_width(features) if x.dim() < 4 else features  # heads side by side are one row to whoever is next
     out_RW = torch.empty(len(x_RD), width)
-    with numba_threads() as threads:
-        at_work = threads if x_RD.numel() > _FEW_ELEMENTS else 1
-        _norm_rows(x_RD.numpy(), weight_D.numpy(), epsilon, out_RW.numpy(), at_work)
+    threads = numba_threads()
+    at_work = threads if x_RD.numel() > _FEW_ELEMENTS else 1
+    _norm_rows(x_RD.numpy(), weight_D.numpy(), epsilon, out_RW.numpy(), at_work)
     return out_RW[:, :features].view(x.shape)
 
 

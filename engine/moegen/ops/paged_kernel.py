@@ -180,33 +180,33 @@ def attend_pages(
     in_place = out_THD.dtype == torch.float32 and out_THD.is_contiguous()
     answer_THD = out_THD if in_place else torch.empty(out_THD.shape)
     sinks_H = torch.full((heads,), -math.inf) if rule.sinks_H is None else rule.sinks_H.float()
-    with numba_threads() as threads:
-        _attend_all(
-            threads,
-            groups,
-            window,
-            query_THD.float().contiguous().numpy(),
-            _as_numpy(keys_PGCD),
-            _as_numpy(values_PGCD),
-            *([scale_PGC.numpy() for scale_PGC in scales] or [_NO_SCALES, _NO_SCALES]),
-            spans.rows,
-            spans.queries,
-            begins,
-            spans.kv_lengths,
-            spans.page_starts,
-            spans.page_ids,
-            first_tasks,
-            np.repeat(np.arange(len(tasks)), tasks),
-            first_states,
-            np.float32(rule.scaling),
-            np.float32(rule.softcap or 0),
-            sinks_H.numpy(),
-            np.zeros(1 + len(tasks) * groups, np.int64),
-            torch.empty(first_states[-1] * groups, _state_floats(rows, value_dim)).numpy(),
-            torch.zeros(threads, _scratch_floats(rows, query_THD.shape[2], value_dim)).numpy(),
-            np.zeros((threads, 3 * DEPTH), np.int64),
-            answer_THD.numpy(),
-        )
+    threads = numba_threads()
+    _attend_all(
+        threads,
+        groups,
+        window,
+        query_THD.float().contiguous().numpy(),
+        _as_numpy(keys_PGCD),
+        _as_numpy(values_PGCD),
+        *([scale_PGC.numpy() for scale_PGC in scales] or [_NO_SCALES, _NO_SCALES]),
+        spans.rows,
+        spans.queries,
+        begins,
+        spans.kv_lengths,
+        spans.page_starts,
+        spans.page_ids,
+        first_tasks,
+        np.repeat(np.arange(len(tasks)), tasks),
+        first_states,
+        np.float32(rule.scaling),
+        np.float32(rule.softcap or 0),
+        sinks_H.numpy(),
+        np.zeros(1 + len(tasks) * groups, np.int64),
+        torch.empty(first_states[-1] * groups, _state_floats(rows, value_dim)).numpy(),
+        torch.zeros(threads, _scratch_floats(rows, query_THD.shape[2], value_dim)).numpy(),
+        np.zeros((threads, 3 * DEPTH), np.int64),
+        answer_THD.numpy(),
+    )
     if not in_place:
         rows_T = torch.from_numpy(spans.tokens)
         out_THD[rows_T] = answer_THD[rows_T].to(out_THD.dtype)

@@ -25,11 +25,9 @@ def rotated(x_1HTD: torch.Tensor, cos_1TE: torch.Tensor, sin_1TE: torch.Tensor) 
     """
     x_THD = x_1HTD[0].transpose(0, 1).contiguous()
     out_THD = torch.empty_like(x_THD)
-    with numba_threads() as threads:
-        at_work = threads if x_THD.numel() > _FEW_ELEMENTS else 1
-        _rotate(
-            x_THD.numpy(), cos_1TE[0].contiguous().numpy(), sin_1TE[0].contiguous().numpy(), out_THD.numpy(), at_work
-        )
+    threads = numba_threads()
+    at_work = threads if x_THD.numel() > _FEW_ELEMENTS else 1
+    _rotate(x_THD.numpy(), cos_1TE[0].contiguous().numpy(), sin_1TE[0].contiguous().numpy(), out_THD.numpy(), at_work)
     return out_THD.transpose(0, 1)[None]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 
 import numba
 import torch
@@ -18,15 +17,14 @@ def use_threads(count: int) -> None:
     torch.get_num_threads()
 
 
-@contextmanager
-def numba_threads() -> Iterator[int]:
-    """For a compiled parallel call: gives Numba torch's number of threads, and that number.
+_wanted = threading.local()  # of this thread, by the last call below: asking Numba costs as much as a small product
 
-    Numba and torch share one OpenMP, and starting Numba's threads resets the number that torch uses.
-    """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    try:
-        yield numba.get_num_threads()
-    finally:
-        torch.set_num_threads(threads)
+
+def numba_threads() -> int:
+    """For a compiled parallel call: gives Numba torch's number of threads, as far as it has them, and that number."""
+    threads, most = torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS
+    if getattr(_wanted, "count", None) != threads:
+        numba.set_num_threads(min(threads, most))
+        torch.set_num_threads(threads)  # both share one OpenMP: starting Numba's threads resets the number of torch's
+        _wanted.count = threads
+    return int(min(threads, most))
