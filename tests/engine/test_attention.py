@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -263,18 +264,41 @@ def test_pieces_of_long_sequences_make_the_whole(page_tokens: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
 @pytest.mark.usefixtures("_threads")
-def test_neither_threads_nor_company_change_a_bit(dtype: torch.dtype) -> None:
+def test_neither_threads_nor_company_change_a_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = LongCase(32, dtype)
     for name, rule in case.rules.items():
         torch.set_num_threads(1)
         one_thread = case.kernel(rule)
-        torch.set_num_threads(2)
-        for _ in range(3):  # threads take tasks in another order each time
+        with monkeypatch.context() as patch:  # one thread, which is all that Numba has here, plays three
+            patch.setattr("moegen.ops.paged_kernel.numba_threads", lambda: 3)
             assert torch.equal(case.kernel(rule), one_thread), name
         for i, span in enumerate(case.batch.spans):
             alone = case.of(Span(0, 1, span.kv_length, span.pages))
             answer = paged_attention(case.query_THD[i : i + 1], case.pages, alone, rule)
             assert torch.equal(answer[0], one_thread[i]), (name, span.kv_length)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("page_tokens", [32, 48])
+@pytest.mark.parametrize("heads", [2, 8])
+def test_a_prompt_may_be_cut_anywhere(dtype: torch.dtype, page_tokens: int, heads: int) -> None:
+    """Its queries' answers are the same bits: across pieces, behind windows, and as single queries that decode."""
+    case, queries, dice = LongCase(page_tokens, dtype, heads), 150, random.Random(0)
+    query_THD = 3 * torch.randn(queries, heads, 64, generator=torch.Generator().manual_seed(1))
+    for span, end in zip(case.batch.spans[-3:], (1025, 2100, 3200), strict=True):
+        for name, rule in case.rules.items():
+
+            def answers(cuts: list[int], end=end, span=span, rule=rule) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                """Of the queries up to `end`, in spans that end at these."""
+                spans = [
+                    Span(first, stop - first, end - queries + stop, span.pages)
+                    for first, stop in itertools.pairwise([0, *cuts, queries])
+                ]
+                return paged_attention(query_THD, case.pages, case.of(*spans), rule)
+
+            whole = answers([])
+            for cuts in (list(range(1, queries)), sorted(dice.sample(range(1, queries), 12))):
+                assert torch.equal(answers(cuts), whole), (name, end)
 
 
 def test_weights_are_exponentials_to_the_last_places() -> None:
@@ -323,8 +347,9 @@ def test_machines_with_narrower_registers(lanes: int, tmp_path: Path) -> None:
 def test_long_prefill_is_cut_by_query_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, 8, 8, 4, torch.float32, 6)
     rules = _rules(case)
-    whole = {name: paged_attention(case.query_THD, case.pages, case.batch, rule) for name, rule in rules.items()}
+    given = (case.query_THD, case.pages, case.batch)
+    whole = {name: paged_attention(*given, rule, use_kernel=False) for name, rule in rules.items()}
     monkeypatch.setattr("moegen.ops.attention._SCORE_ELEMENTS", 600)  # a row or two at a time
     for name, rule in rules.items():
-        cut = paged_attention(case.query_THD, case.pages, case.batch, rule)
+        cut = paged_attention(*given, rule, use_kernel=False)
         assert torch.allclose(cut, whole[name], atol=3e-6), name

@@ -48,7 +48,7 @@ class PanelWeight(torch.Tensor):
                     return weight.times(x, *bias, **kwargs)
                 case [ids, PanelWeight() as weight, *_] if func is F.embedding:
                     return weight.look_up(ids)  # the other parameters are of training
-                case [PanelWeight() as weight, *dtypes] if func in _TO_FLOAT and dtypes in ([], [torch.float32]):
+                case [PanelWeight() as weight, *dtype] if dtype == _TO_FLOAT.get(func):
                     return weight
             if func not in _METADATA:
                 args, kwargs = tree_map_only(PanelWeight, PanelWeight.unpacked, (args, kwargs))
@@ -71,8 +71,15 @@ class PanelWeight(torch.Tensor):
         return self._matrix.looked_up(0, ids.reshape(-1)).float().view(*ids.shape, self._matrix.in_features)
 
 
-_TO_FLOAT = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)
-_METADATA = tuple(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "grad_fn"))
+_TO_FLOAT: dict[Callable[..., Any], list[torch.dtype]] = {  # with these arguments
+    torch.Tensor.float: [],
+    torch.Tensor.type: [torch.float32],
+    torch.Tensor.to: [torch.float32],
+}
+_METADATA = (
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")),
+    torch.Tensor.dim,
+)
 
 
 def panel_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -82,7 +89,8 @@ def panel_weights(model: nn.Module, dtype: torch.dtype) -> None:
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() == 2 and weight.dtype == torch.float32:
             owners[weight].append(module)
-    for weight, modules in owners.items():
+    while owners:  # one after the other is given up: two copies of all would be beyond what is planned for
+        weight, modules = owners.popitem()
         if not all(isinstance(module, nn.Embedding) for module in modules):
             panels = PanelWeight(weight, dtype)
             for module in modules:

@@ -51,8 +51,8 @@ class ModelHost:
         Args:
             latent_kv: layers with latent attention keep latents; else, as any other, keys and values of all heads.
             supplies: where each experts module, by its name, has its weights from; None: they are in the model.
-            stored_dtype: in which linear layers (and experts that are in the model) are kept where the CPU's kernel
-                widens them as it reads; None: the model's.
+            stored_dtype: in which matrices (and experts that are in the model) are kept where the CPU's kernel widens
+                them as it reads; None: the model's.
             observer: hears of every pass.
         """
         self.model = model.eval().requires_grad_(False)

@@ -66,7 +66,9 @@ def row_rotations(model: nn.Module) -> None:
         if not isinstance(forward, FunctionType) or _NAME not in forward.__code__.co_names:
             continue
         theirs: Rotate = forward.__globals__[_NAME]
-        rotation = made.setdefault(theirs, RowRotation(theirs))
+        if theirs not in made:
+            made[theirs] = RowRotation(theirs)
+        rotation = made[theirs]
         if rotation.is_plain:
             own = FunctionType(
                 forward.__code__, {**forward.__globals__, _NAME: rotation}, forward.__name__, forward.__defaults__,

@@ -3,10 +3,10 @@
 Shape suffixes: T tokens of the batch, H query heads, G KV heads, R = H / G query heads per KV head, L keys, D head dim.
 
 `paged_attention` is the one entry where pages and queries are in the same memory (`moegen.ops.hosted_attention` is that
-where they are not). On a CPU, decode spans (one query) go to a compiled kernel that reads the pages in place; on other
-devices they are gathered and attended many at once; everything else gathers a sequence's pages and uses torch. The
-torch way, sequence by sequence, is the oracle of the others. Over latents (`rule.latent`) the same happens with one KV
-head, queries absorbed before and answers lifted after; a prompt's heads may be expanded instead.
+where they are not). On a CPU a compiled kernel reads the pages in place; on other devices decode spans (one query) are
+gathered and attended many at once; everything else gathers a sequence's pages and uses torch. The torch way, sequence
+by sequence, is the oracle of the others. Over latents (`rule.latent`) there is one KV head: decode absorbs queries
+before and lifts answers after; prompts go the torch way, where their heads may be expanded instead.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class _Spans(NamedTuple):
     queries: int  # [S]
     begins: int  # [S] the first token that the first query sees
     ends: int  # [S] the tokens up to the last query
-    page_starts: int  # [S]
+    page_starts: int  # [S + 1]
     page_ids: int
     first_tasks: int  # [S + 1]
     task_spans: int  # [N] which span a task is of
@@ -239,7 +239,7 @@ def _state_floats(rows: int, value_dim: int) -> int:
     return (3 * rows + LANES - 1) // LANES * LANES + rows * ((value_dim + BLOCK - 1) // BLOCK * BLOCK)
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _attend_all(  # type: ignore[no-untyped-def]
     threads, groups, window, query, keys, values, key_scales, value_scales, rows, queries, begins, ends, page_starts,
     page_ids, first_tasks, task_spans, first_states, scaling, cap, sinks, counters, states, floats, tables, out,

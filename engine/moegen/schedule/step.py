@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class QuerySpans:
-    """Consecutive queries of sequences, as arrays: `page_ids[page_starts[s] : page_starts[s + 1]]` are of span s."""
+    """Consecutive queries of sequences, as arrays: `page_ids[page_starts[s] :]` begin with the pages of span s.
+
+    Blocks of queries of one sequence share them; spans of one query end where the next one begins.
+    """
 
     rows: Ints  # [S] the first query's index in the micro-batch
     queries: Ints  # [S]
@@ -53,21 +57,17 @@ class QuerySpans:
 
     @classmethod
     def of(cls, spans: Iterable[Span], most: int = 1) -> QuerySpans:
-        """At most so many queries at once."""
-        cut = [
-            (span.first + done, min(most, span.length - done), span)
-            for span in spans
-            for done in range(0, span.length, most)
-        ]
-        starts = np.zeros(len(cut) + 1, np.int64)
-        np.cumsum([len(span.pages) for _, _, span in cut], out=starts[1:])
-        return cls(
-            np.array([row for row, _, _ in cut], np.int64),
-            np.array([queries for _, queries, _ in cut], np.int64),
-            np.array([span.kv_length - span.length + row - span.first + n for row, n, span in cut], np.int64),
-            starts,
-            np.array([page for _, _, span in cut for page in span.pages], np.int64),
-        )
+        """At most so many queries at once, and nearly as many in all blocks of a span."""
+        spans, blocks, pages = list(spans), [], 0
+        for span in spans:
+            count = -(-span.length // most)
+            bounds = [span.length * n // count for n in range(count + 1)]
+            before = span.kv_length - span.length
+            blocks += [(span.first + a, b - a, before + b, pages) for a, b in pairwise(bounds)]
+            pages += len(span.pages)
+        rows, queries, kv_lengths, page_starts = np.array(blocks, np.int64).reshape(-1, 4).T.copy()
+        page_ids = np.array([page for span in spans for page in span.pages], np.int64)
+        return cls(rows, queries, kv_lengths, np.append(page_starts, pages), page_ids)
 
     @property
     def tokens(self) -> Ints:
@@ -75,7 +75,7 @@ class QuerySpans:
         return np.concatenate([np.arange(r, r + n) for r, n in zip(self.rows, self.queries, strict=True)])
 
     def part(self, first: int, end: int) -> QuerySpans:
-        """Spans `first` to before `end`."""
+        """Spans `first` to before `end`, of one query each."""
         starts = self.page_starts[first : end + 1]
         return QuerySpans(
             self.rows[first:end],
