@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from moegen.model.dense import PanelWeight, panel_weights
+from moegen.ops.vector_ir import DOTS
 from moegen.run.engine import Engine
 from moegen.schedule.sequence import Request
 from moegen.spec import Sampling
 from moegen.text import Tokenizer
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tests.engine.parts import plan, run
 from tests.tiny import tiny_checkpoint
@@ -88,12 +91,15 @@ def test_other_functions_meet_a_copy():
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32", "rounded"])
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
-def test_logprobs_are_the_same_bits_in_any_batch(tied: bool, tmp_path: Path) -> None:
+def test_logprobs_are_the_same_bits_in_any_batch(tied: bool, rounded: bool, tmp_path: Path) -> None:
     """However prompts are cut: a router that saw other bits would now and then choose another expert."""
     checkpoint = tiny_checkpoint(
-        tmp_path, seed=3, hidden_size=512, num_experts=64, num_experts_per_tok=8, tie_word_embeddings=tied
-    )
+        tmp_path, seed=3, hidden_size=512, num_experts=64, num_experts_per_tok=8, tie_word_embeddings=tied,
+        **({"dtype": "bfloat16"} if rounded else {}),
+    )  # fmt: skip
+    kept = {"expert_dtype": "bfloat16", "rounded": True} if rounded else {}
     requests = [
         Request(
             row, tuple((7 * row + 3 * i) % 256 for i in range(1 + 37 * row % 180)), Sampling(max_tokens=6), logprobs=2
@@ -101,15 +107,42 @@ def test_logprobs_are_the_same_bits_in_any_batch(tied: bool, tmp_path: Path) -> 
         for row in range(40)
     ]
     roomy = {"pass_tokens": 512, "attention_tokens": 512, "expert_tokens": 4096, "kv_pages": 1200}
-    with engine_of(checkpoint, roomy) as engine:
+    with engine_of(checkpoint, roomy | kept) as engine:
         together, _ = run(engine, requests)
         for row in (0, 13, 39):
             alone, _ = run(engine, [requests[row]])
             assert alone[row] == together[row]
-    with engine_of(checkpoint, {**roomy, "pass_tokens": 37, "attention_tokens": 11, "expert_tokens": 50}) as engine:
+    with engine_of(
+        checkpoint, {**roomy, **kept, "pass_tokens": 37, "attention_tokens": 11, "expert_tokens": 50}
+    ) as engine:
         in_pieces, _ = run(engine, requests)
     assert in_pieces == together
 
 
-def engine_of(checkpoint: Path, sizes: dict[str, int]) -> Engine:
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(not DOTS, reason="the processor does not multiply bfloat16")
+def test_rounded_activations_are_nearer_to_float32_than_a_model_in_bfloat16(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, seed=4, dtype="bfloat16", hidden_size=256, num_hidden_layers=4)
+    prompts = [tuple((11 * row + 5 * i) % 256 for i in range(20 + row)) for row in range(12)]
+    wanted = _last_logprobs(checkpoint, prompts, torch.float32)
+    in_bfloat16 = _last_logprobs(checkpoint, prompts, torch.bfloat16)
+    requests = [Request(row, ids, Sampling(max_tokens=1), logprobs=1) for row, ids in enumerate(prompts)]
+    with engine_of(checkpoint, {"pass_tokens": 512, "expert_dtype": "bfloat16", "rounded": True}) as engine:
+        found, _ = run(engine, requests)
+    chosen = [found[row].token_ids[0] for row in range(len(prompts))]
+    own = torch.tensor([found[row].logprobs[0].logprob for row in range(len(prompts))])
+    wanted, in_bfloat16 = (every[range(len(prompts)), chosen] for every in (wanted, in_bfloat16))
+    error, theirs = (own - wanted).abs(), (in_bfloat16 - wanted).abs()
+    assert 0 < error.mean() < theirs.mean()
+
+
+def _last_logprobs(checkpoint: Path, prompts: list[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
+    """Of every prompt's next token, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    with torch.inference_mode():
+        rows = [model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1) for ids in prompts]
+    return torch.stack(rows)
+
+
+def engine_of(checkpoint: Path, sizes: dict[str, Any]) -> Engine:
     return Engine.load(checkpoint, plan(**sizes), staged=True, tokenizer=Tokenizer(checkpoint))

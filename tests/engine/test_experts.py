@@ -24,6 +24,7 @@ from moegen.ops.expert_weights import (
 )
 from moegen.ops.experts import grouped_experts
 from moegen.ops.panel_packing import pack_rows
+from moegen.ops.vector_ir import DOTS
 from torch import nn
 from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -205,11 +206,52 @@ def test_stored_weights_multiply_exactly(dtype: torch.dtype, out_features: int, 
     assert all(torch.equal(matrix.unpacked(expert), weight[expert]) for expert in range(len(counts)))
 
 
-def test_threads_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 1), (PANEL, 3), (PANEL + 1, 8), (3 * PANEL - 1, 200), (PANEL, 512)]
+)
+def test_rounded_rows_multiply_exactly(out_features: int, in_features: int) -> None:
+    """In bfloat16, as pairs of inputs; where the processor has no such products, in float32."""
+    generator = torch.Generator().manual_seed(1)
+    counts = (0, 1, 2, 13, 14, 15, 28, 29, 0, 200)
+    weight = torch.randn(len(counts), out_features, in_features, generator=generator).bfloat16()
+    exact = torch.randn(sum(counts), in_features, generator=generator).bfloat16().float()
+    matrix = _rounded_matrix(weight)
+    x = exact * (1 + 2**-10) if DOTS else exact  # too little to reach another bfloat16
+    expected = torch.cat([rows @ w.float().T for rows, w in zip(exact.split(list(counts)), weight, strict=True)])
+    assert torch.allclose(matrix.linear(x, counts), expected, atol=1e-4)
+    tokens = torch.arange(len(x)).flip(0)
+    assert torch.equal(matrix.linear(x.flip(0), counts, tokens), matrix.linear(x, counts))
+    laid = matrix.lay_out(x)
+    assert matrix.lay_out(laid) is laid
+    assert torch.equal(matrix.linear(laid, counts), matrix.linear(x, counts))
+    for expert, own in enumerate(weight):
+        assert torch.equal(matrix.unpacked(expert), own)
+        assert torch.equal(matrix.looked_up(expert, torch.tensor([0, out_features - 1])), own[[0, -1]])
+
+
+def _rounded_matrix(weight: torch.Tensor) -> PanelMatrix:
+    """Placed in each of the ways in which weights come: whole, in parts, transposed, at odd places in memory."""
+    experts, rows, inputs = weight.shape
+    matrix = PanelMatrix(experts, rows, inputs, weight.dtype, rounded=True)
+    for expert, own in enumerate(weight):
+        if expert % 3 == 0:
+            matrix.place_transposed(expert, own.T)
+        elif expert % 3 == 1:
+            matrix.place(expert, rows // 2, own[rows // 2 :])
+            matrix.place(expert, 0, own[: rows // 2])
+        else:
+            shifted = torch.empty(own.numel() + 1, dtype=own.dtype)[1:].view(own.shape).copy_(own)
+            matrix.place(expert, 0, shifted)
+    return matrix
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_threads_and_neighbours_change_no_bit(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output is one sum in one order, whatever is beside it."""
     generator = torch.Generator().manual_seed(2)
     counts = (3, 70, 0, 1)
-    matrix = _matrix(torch.randn(4, 5 * PANEL, 40, generator=generator), False, "panels")
+    weight = torch.randn(4, 5 * PANEL, 40, generator=generator)
+    matrix = _rounded_matrix(weight.bfloat16()) if rounded else _matrix(weight, False, "panels")
     x = torch.randn(sum(counts), 40, generator=generator)
     outs = [matrix.linear(x, counts)]
     monkeypatch.setattr(expert_weights, "numba_threads", lambda: 3)  # one thread walks the shares of three

@@ -27,6 +27,7 @@ LATENT = replace(
     absorbed_width=128 * (576 + 512), key_up_weights=8 * 128 * 128 * 512,
 )  # fmt: skip
 MACHINE = Machine("cpu", "a processor", 2, 16 << 30, 0, native_bf16=True)
+DOTS = replace(MACHINE, dots_bf16=True)
 
 
 def test_a_plan_stays_within_its_budget_and_fills_it():
@@ -94,6 +95,23 @@ def test_a_pool_fixed_by_hand_that_does_not_fit_is_refused():
 )  # fmt: skip
 def test_the_compute_dtype_is_the_faster_one_that_fits(machine, dtype, computed):
     assert choose_plan(SHAPE, machine, Engine(), dtype).compute_dtype == computed
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "computed", "rounded"),
+    [
+        (DOTS, "auto", "float32", True),
+        (DOTS, "bfloat16", "float32", True),
+        (DOTS, "float32", "float32", False),  # the job wants it exact
+        (DOTS, "float16", "float32", False),
+        (replace(DOTS, host_memory_bytes=1250 << 20), "auto", "bfloat16", False),  # would not fit while it is loaded
+        (MACHINE, "auto", "bfloat16", False),
+    ],
+)
+def test_activations_are_rounded_where_the_kernel_multiplies_bfloat16(machine, dtype, computed, rounded):
+    plan = choose_plan(SHAPE, machine, Engine(), dtype)
+    assert (plan.compute_dtype, plan.rounded) == (computed, rounded)
+    assert plan.product_dtype == ("bfloat16" if rounded else computed)
 
 
 def test_the_pages_keep_the_models_dtype_whatever_computes():

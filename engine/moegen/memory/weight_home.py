@@ -50,6 +50,7 @@ class Arithmetic:
     dtype: torch.dtype  # of the products
     expert_dtype: torch.dtype | None = None  # of the weights in memory, where the form leaves a choice; None: as stored
     compress_to: Coding | None = None  # what plain weights become when they are placed
+    rounded: bool = False  # see `PanelMatrix`
 
     def empty_group(self, source: ExpertSource, first: int, experts: int) -> ExpertGroup:
         """Where they are multiplied."""
@@ -59,7 +60,8 @@ class Arithmetic:
             coding = self.coding_of(projection)
             if coding is not None:
                 return CodedMatrix(experts, *features, coding, self.dtype, self._zeros)
-            return expert_matrix(experts, *features, self.expert_dtype or projection.dtype, self.dtype, self.device)
+            stored = self.expert_dtype or projection.dtype
+            return expert_matrix(experts, *features, stored, self.dtype, self.device, self.rounded)
 
         return ExpertGroup(first, empty(source.up), empty(source.down))
 

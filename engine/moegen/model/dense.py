@@ -25,15 +25,15 @@ class PanelWeight(torch.Tensor):
     _matrix: PanelMatrix
 
     @staticmethod
-    def __new__(cls, weight_OI: torch.Tensor, dtype: torch.dtype) -> PanelWeight:
-        """Kept in `dtype` where that loses nothing, in float32 otherwise."""
+    def __new__(cls, weight_OI: torch.Tensor, dtype: torch.dtype, rounded: bool = False) -> PanelWeight:
+        """Kept in `dtype` where that loses nothing, in float32 otherwise; for `rounded` see `PanelMatrix`."""
         weight_OI = weight_OI.detach()
         out_features, in_features = weight_OI.shape
         if not torch.equal(weight_OI.to(dtype).to(weight_OI.dtype), weight_OI):
             dtype = weight_OI.dtype
         # What torch itself sees has the shape, and shows at once if anything reached it past the functions below.
         self = torch.full((), torch.nan).expand(weight_OI.shape).as_subclass(cls)
-        self._matrix = PanelMatrix(1, out_features, in_features, dtype)
+        self._matrix = PanelMatrix(1, out_features, in_features, dtype, rounded)
         self._matrix.place(0, 0, weight_OI)
         return self
 
@@ -82,7 +82,7 @@ _METADATA = (
 )
 
 
-def panel_weights(model: nn.Module, dtype: torch.dtype) -> None:
+def panel_weights(model: nn.Module, dtype: torch.dtype, rounded: bool = False) -> None:
     """Puts a `PanelWeight` in the place of every matrix that modules have as their `weight` and multiply with."""
     owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
@@ -92,7 +92,7 @@ def panel_weights(model: nn.Module, dtype: torch.dtype) -> None:
     while owners:  # one after the other is given up: two copies of all would be beyond what is planned for
         weight, modules = owners.popitem()
         if not all(isinstance(module, nn.Embedding) for module in modules):
-            panels = PanelWeight(weight, dtype)
+            panels = PanelWeight(weight, dtype, rounded)
             for module in modules:
                 del module.weight
                 module.weight = panels

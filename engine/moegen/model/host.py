@@ -44,6 +44,7 @@ class ModelHost:
         latent_kv: bool = True,
         supplies: Mapping[str, ExpertSupply] | None = None,
         stored_dtype: torch.dtype | None = None,
+        rounded: bool = False,
         observer: Observer | None = None,
     ) -> None:
         """Takes the model over.
@@ -53,6 +54,7 @@ class ModelHost:
             supplies: where each experts module, by its name, has its weights from; None: they are in the model.
             stored_dtype: in which matrices (and experts that are in the model) are kept where the CPU's kernel widens
                 them as it reads; None: the model's.
+            rounded: activations are rounded to bfloat16 where such a matrix is that too: see `PanelMatrix`.
             observer: hears of every pass.
         """
         self.model = model.eval().requires_grad_(False)
@@ -60,12 +62,12 @@ class ModelHost:
         stored, experts_at_once = stored_dtype or model.dtype, MicroBatch(expert_tokens, "expert")
         for name, module in list(model.named_modules()):
             if is_experts(module):
-                supply = resident_experts(module, stored) if supplies is None else supplies[name]
+                supply = resident_experts(module, stored, rounded) if supplies is None else supplies[name]
                 module.moegen = ExpertStage(name, supply, experts_at_once, self.observer)
         if latent_kv:
             keep_latents(model, stored)
         if model.device.type == "cpu" and model.dtype == torch.float32:
-            panel_weights(model, stored)
+            panel_weights(model, stored, rounded)
             row_norms(model)
             row_rotations(model)
         unmask(model)

@@ -18,6 +18,7 @@ from moegen.ops.expert_kernel import PANEL, grouped_panels, panel_places, row_wi
 from moegen.ops.host_memory import host_zeros
 from moegen.ops.panel_packing import pack_rows, pack_transposed
 from moegen.ops.threads import numba_threads
+from moegen.ops.vector_ir import DOTS
 
 UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernel knows them
@@ -53,45 +54,60 @@ class ExpertMatrix(Protocol):
 
 
 class PanelMatrix:
-    """In panels for `grouped_panels`: weights as stored (float32, bfloat16, float16), arithmetic in float32."""
+    """In panels for `grouped_panels`: weights as stored (float32, bfloat16, float16), arithmetic in float32.
 
-    def __init__(self, experts: int, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+    With `rounded`, rows are rounded to bfloat16 where the weights are that too and the processor multiplies it.
+    """
+
+    def __init__(
+        self, experts: int, out_features: int, in_features: int, dtype: torch.dtype, rounded: bool = False
+    ) -> None:
         self.experts, self.out_features, self.in_features = experts, out_features, in_features
-        self.dtype = dtype
+        self.dtype, self._pairs = dtype, rounded and DOTS and dtype == torch.bfloat16
         panels = -(-out_features // PANEL)
-        self._places = panel_places(dtype == torch.bfloat16)
+        self._places = panel_places(dtype == torch.bfloat16 and not self._pairs)
         # Zeros, as nothing is placed in the last panel's features beyond `out_features`.
-        self._panels_ENIP = _bits(host_zeros((experts, panels, in_features, PANEL), dtype))
+        stored = (-(-in_features // 2), torch.int32) if self._pairs else (in_features, dtype)
+        self._panels_ENIP = _bits(host_zeros((experts, panels, stored[0], PANEL), stored[1]))
 
     @property
     def nbytes(self) -> int:
         return self._panels_ENIP.nbytes
 
     def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
-        pack_rows(self._panels_ENIP[expert], first_row, _bits(rows_OI.to(self.dtype)), self._places)
+        rows_OI = rows_OI.to(self.dtype)
+        pack_rows(
+            self._panels_ENIP[expert], first_row, _pairs(rows_OI) if self._pairs else _bits(rows_OI), self._places
+        )
 
     def place_transposed(self, expert: int, matrix_IO: torch.Tensor) -> None:
-        pack_transposed(self._panels_ENIP[expert], _bits(matrix_IO.to(self.dtype)), self._places)
+        if self._pairs:
+            self.place(expert, 0, matrix_IO.T)
+        else:
+            pack_transposed(self._panels_ENIP[expert], _bits(matrix_IO.to(self.dtype)), self._places)
 
     def unpacked(self, expert: int) -> torch.Tensor:
         """One expert's matrix as it was placed, `[O, I]`: a copy, made anew at every call."""
-        features_NIP = torch.from_numpy(self._panels_ENIP[expert][:, :, self._places]).view(self.dtype)
-        return features_NIP.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+        features_NPI = torch.from_numpy(self._panels_ENIP[expert][:, :, self._places]).transpose(1, 2).contiguous()
+        return features_NPI.view(self.dtype).flatten(0, 1)[: self.out_features, : self.in_features]
 
     def looked_up(self, expert: int, features_T: torch.Tensor) -> torch.Tensor:
         """`[T, I]`: some rows of one expert's matrix, as they were placed."""
         panels, within = np.divmod(features_T.numpy(), PANEL)
-        return torch.from_numpy(self._panels_ENIP[expert][panels, :, self._places[within]]).view(self.dtype)
+        rows_TI = torch.from_numpy(self._panels_ENIP[expert][panels, :, self._places[within]])
+        return rows_TI.view(self.dtype)[:, : self.in_features]
 
     def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return laid_out(x_TI)
+        return laid_out(x_TI, torch.bfloat16 if self._pairs else torch.float32)
 
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         starts = np.array([0, *counts]).cumsum()
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         out_SO = torch.empty(len(tokens), self._panels_ENIP.shape[1] * PANEL)
-        laid_TI = laid_out(x_TI)
+        laid_TI = self.lay_out(x_TI)
         x = laid_TI.as_strided((laid_TI.shape[0], laid_TI.stride(0)), laid_TI.stride())  # with the gaps between rows
+        if self._pairs:
+            x = x.view(torch.int32)
         threads = numba_threads()
         grouped_panels(x.numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
         return out_SO[:, : self.out_features]
@@ -131,12 +147,12 @@ class PlainMatrix:
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
 
 
-def laid_out(x_TI: torch.Tensor) -> torch.Tensor:
-    """In float32, rows `row_width` apart, as the CPU's kernel reads them; returned as it is where it lies so."""
-    width = row_width(x_TI.shape[1])
-    if x_TI.dtype == torch.float32 and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
+def laid_out(x_TI: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """In `dtype`, rows as the CPU's kernel reads them; returned as it is where it lies so."""
+    width = _row_elements(x_TI.shape[1], dtype)
+    if x_TI.dtype == dtype and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
         return x_TI
-    return empty_rows(x_TI, torch.float32).copy_(x_TI)
+    return empty_rows(x_TI, dtype).copy_(x_TI)
 
 
 def empty_rows(x_TI: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -144,11 +160,29 @@ def empty_rows(x_TI: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Te
     if x_TI.device.type != "cpu":
         return torch.empty_like(x_TI, dtype=dtype)
     *tokens, inputs = x_TI.shape
-    return torch.empty(*tokens, row_width(inputs), dtype=dtype or x_TI.dtype)[..., :inputs]
+    dtype = dtype or x_TI.dtype
+    width = _row_elements(inputs, dtype)
+    odd = dtype == torch.bfloat16 and inputs % 2  # the last pair's other half meets a weight of 0
+    return (torch.zeros if odd else torch.empty)(*tokens, width, dtype=dtype)[..., :inputs]
+
+
+def _row_elements(inputs: int, dtype: torch.dtype) -> int:
+    """From one row to the next."""
+    return 2 * row_width(-(-inputs // 2)) if dtype == torch.bfloat16 else row_width(inputs)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def _pairs(rows_OI: torch.Tensor) -> np.ndarray:
+    """bfloat16 as `BFLOAT16_PAIRS`, `[O, ceil(I / 2)]`."""
+    if rows_OI.shape[1] % 2:
+        rows_OI = F.pad(rows_OI, (0, 1))
+    rows_OI = rows_OI.contiguous()
+    if rows_OI.storage_offset() % 2 or rows_OI.data_ptr() % 4:  # words would lie across words
+        rows_OI = rows_OI.clone()
+    return rows_OI.view(torch.int32).numpy()
 
 
 @dataclass(frozen=True)
@@ -186,18 +220,18 @@ class ResidentExperts:
         return (group for group in self.groups if any(counts_E[group.first : group.first + group.experts]))
 
 
-def resident_experts(module: Any, dtype: torch.dtype) -> ResidentExperts:
+def resident_experts(module: Any, dtype: torch.dtype, rounded: bool = False) -> ResidentExperts:
     """Takes a loaded transformers experts module's own weights out of it, as one group, kept in `dtype`."""
-    group = ExpertGroup(0, _taken(module, UP[module.has_gate], dtype), _taken(module, "down_proj", dtype))
-    return ResidentExperts((group,))
+    up, down = (_taken(module, name, dtype, rounded) for name in (UP[module.has_gate], "down_proj"))
+    return ResidentExperts((ExpertGroup(0, up, down),))
 
 
-def _taken(module: Any, name: str, dtype: torch.dtype) -> ExpertMatrix:
+def _taken(module: Any, name: str, dtype: torch.dtype, rounded: bool) -> ExpertMatrix:
     weight = getattr(module, name)
     delattr(module, name)
     experts, rows, columns = weight.shape
     features = (columns, rows) if module.is_transposed else (rows, columns)
-    matrix = expert_matrix(experts, *features, dtype, weight.dtype, weight.device)
+    matrix = expert_matrix(experts, *features, dtype, weight.dtype, weight.device, rounded)
     for expert in range(experts):
         if module.is_transposed:
             matrix.place_transposed(expert, weight[expert])
@@ -208,9 +242,9 @@ def _taken(module: Any, name: str, dtype: torch.dtype) -> ExpertMatrix:
 
 def expert_matrix(
     experts: int, out_features: int, in_features: int, dtype: torch.dtype, compute_dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device, rounded: bool = False,
 ) -> ExpertMatrix:  # fmt: skip
-    """An empty one, in the form in which `device` multiplies in `compute_dtype`."""
+    """An empty one, in the form in which `device` multiplies in `compute_dtype`; for `rounded` see `PanelMatrix`."""
     if device.type == "cpu" and compute_dtype == torch.float32:
-        return PanelMatrix(experts, out_features, in_features, dtype)
+        return PanelMatrix(experts, out_features, in_features, dtype, rounded)
     return PlainMatrix(torch.empty(experts, out_features, in_features, dtype=compute_dtype, device=device))

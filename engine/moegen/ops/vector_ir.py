@@ -15,6 +15,7 @@ from numba.core import cgutils
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 4 if _FEATURES.get("neon") else 8  # float32 per vector
+DOTS = bool(_FEATURES.get("avx512bf16"))  # whether `dot` can be used here
 LINE_BYTES = 64  # of a cache line
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 V8, V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
@@ -46,6 +47,26 @@ def call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     """LLVM's own function of float32 vectors."""
     kind = ir.FunctionType(VF, [VF] * len(args))
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{LANES}f32"), args)
+
+
+class _BFloat16(ir.types._BaseFloatType):
+    """What llvmlite has no name for."""
+
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat16._create_instance()
+
+
+def dot(b: ir.IRBuilder, x: ir.Value, y: ir.Value, sums: ir.Value) -> ir.Value:
+    """`sums + x * y` of words that hold two bfloat16 each: both products are added, in float32."""
+    pairs = ir.VectorType(_BFloat16(), 2 * LANES)
+    kind = ir.FunctionType(VF, [VF, pairs, pairs])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return b.call(function, [sums, b.bitcast(x, pairs), b.bitcast(y, pairs)])
 
 
 def at(b: ir.IRBuilder, address: ir.Value, index: ir.Value | int, stride: int) -> ir.Value:

@@ -197,7 +197,7 @@ class CostModel:
         return self.shape.attention_width * self.shape.layers / self.shape.kv_per_token
 
     def _linear(self, elements: float) -> Curve:
-        return on(_of_dtype(self.rates.linear_flops_per_s, self.plan.compute_dtype), elements)
+        return on(_of_dtype(self.rates.linear_flops_per_s, self.plan.product_dtype), elements)
 
     @cached_property
     def _expert_curve(self) -> Curve:

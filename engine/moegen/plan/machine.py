@@ -82,6 +82,7 @@ class Machine:
     host_memory_bytes: int  # free for us now, within any cgroup limit
     device_memory_bytes: int  # free on the device; 0 for "cpu"
     native_bf16: bool  # whether the device multiplies bfloat16 in hardware
+    dots_bf16: bool = False  # and our own kernel does so on it; a CPU's matrix units (AMX) are left to torch
     rates: Rates = field(default_factory=Rates)
 
     @classmethod
@@ -131,13 +132,15 @@ class Machine:
 
 def _cpu() -> Machine:
     info = _cpu_info()
+    flags = set((info.get("flags") or "").split())
     return Machine(
         device="cpu",
         device_name=info.get("model name") or platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         host_memory_bytes=host_memory_bytes(),
         device_memory_bytes=0,
-        native_bf16=not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint((info.get("flags") or "").split()),
+        native_bf16=not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags),
+        dots_bf16="avx512_bf16" in flags and "amx_bf16" not in flags,
     )
 
 
@@ -158,6 +161,7 @@ def _cuda(device: str) -> Machine | None:
         device_name=name,
         device_memory_bytes=int(free_mib) << 20,
         native_bf16=float(capability) >= 8,
+        dots_bf16=False,
     )
 
 

@@ -81,6 +81,7 @@ class _Search:
     streamable: bool
     host_budget: int
     device_budget: int
+    rounded: bool
 
     @classmethod
     def of(
@@ -104,7 +105,10 @@ class _Search:
                 "engine.plan.kv_dtype: 'int8' cannot be used for latents, which are few bytes as they are; leave it "
                 "out, or keep the keys and values of all heads by engine.plan.latent_kv: false"
             )
-        return cls(footprint, machine, engine, workload, streamable, host, device)
+        # A model of bfloat16 is one of rounded activations: the job is asked for no more than that.
+        kept = {footprint.expert_dtype, model_dtype}
+        rounded = machine.dots_bf16 and compute_dtype == "float32" and kept == {"bfloat16"}
+        return cls(footprint, machine, engine, workload, streamable, host, device, rounded)
 
     @property
     def rates(self) -> Rates:
@@ -223,6 +227,7 @@ class _Search:
             prefix_tokens=self._prefix_tokens(fixed.page_tokens or _PAGE_TOKENS),
             latent_kv=footprint.latent_kv,
             kv_windows=tuple(group.window for group in footprint.layer_groups),
+            rounded=self.rounded,
             weights=footprint.shape.kept_as,
         )
 
@@ -324,16 +329,19 @@ def _budget(named: str | None, free: int, field: str) -> int:
 
 
 def _compute_dtype(shape: ModelShape, machine: Machine, model_dtype: str, memory: int) -> str:
-    """The model's dtype, but float32 on a CPU that has no instructions for it, where the dense weights fit so."""
+    """The model's dtype, but float32 on a CPU that has no instructions for it, or whose instructions our kernel has use
+    for (see `Plan.rounded`), where the dense weights fit so."""
     if machine.device != "cpu" or model_dtype == "float32":
         return model_dtype
     if shape.in_few_bits:
         return "float32"  # to which the CPU's kernel expands codes
     dense = (shape.weights - shape.expert_weights) * 4
-    return "float32" if _multiplies_faster_in_float32(machine, model_dtype) and dense <= memory // 3 else model_dtype
+    return "float32" if _adds_in_float32(machine, model_dtype) and dense <= memory // 3 else model_dtype
 
 
-def _multiplies_faster_in_float32(machine: Machine, dtype: str) -> bool:
+def _adds_in_float32(machine: Machine, dtype: str) -> bool:
+    if machine.dots_bf16:
+        return True
     measured = machine.rates.linear_flops_per_s
     if "float32" in measured and dtype in measured:
         return _peak(measured["float32"]) > _peak(measured[dtype])

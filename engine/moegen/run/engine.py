@@ -110,7 +110,7 @@ class Engine:
                 WeightHomes.settle(
                     sources,
                     checkpoint.files,
-                    Arithmetic(device, compute_dtype, expert_dtype, OWN_CODINGS.get(plan.weights)),
+                    Arithmetic(device, compute_dtype, expert_dtype, OWN_CODINGS.get(plan.weights), plan.rounded),
                     group_experts=plan.group_experts,
                     resident_groups=plan.resident_groups,
                     host_groups=plan.host_groups,
@@ -130,6 +130,7 @@ class Engine:
                 latent_kv=plan.latent_kv,
                 supplies={layer: StreamedExperts(stream, pieces) for layer, pieces in homes.pieces.items()},
                 stored_dtype=expert_dtype,
+                rounded=plan.rounded,
                 observer=recorder,
             )
             return cls(host, plan, tokenizer, recorder, stack.pop_all(), link)

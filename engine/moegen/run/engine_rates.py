@@ -51,12 +51,17 @@ _SAMPLED = Sampling(max_tokens=1 << 20)
 
 
 @torch.inference_mode()
-def linear_flops_per_s(device: torch.device, stored: torch.dtype, compute: torch.dtype) -> dict[int, dict[int, float]]:
+def linear_flops_per_s(
+    device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool
+) -> dict[int, dict[int, float]]:
     """Dense linear layers: `{elements of the weight: {rows: FLOP/s}}`."""
-    return {
-        side * side: _best_curve(_LINEAR_ROWS, _linear_rate(_linears(device, stored, compute, side), device, compute))
-        for side in _LINEAR_SIDES
-    }
+
+    def curve(side: int) -> dict[int, float]:
+        return _best_curve(
+            _LINEAR_ROWS, _linear_rate(_linears(device, stored, compute, rounded, side), device, compute)
+        )
+
+    return {side * side: curve(side) for side in _LINEAR_SIDES}
 
 
 def _best_curve(sizes: tuple[int, ...], rate: Callable[[int], float]) -> dict[int, float]:
@@ -64,14 +69,14 @@ def _best_curve(sizes: tuple[int, ...], rate: Callable[[int], float]) -> dict[in
     return {size: max(found[size] for found in rounds) for size in sizes}
 
 
-def _linears(device: torch.device, stored: torch.dtype, compute: torch.dtype, side: int) -> list[Any]:
+def _linears(device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool, side: int) -> list[Any]:
     """Square layers, as the engine runs them: together larger than a cache."""
     count = max(_CACHE_BYTES // (side * side * stored.itemsize), 2)
     linear = nn.Linear(side, side, bias=False, device=device, dtype=compute).requires_grad_(False)
-    linear.weight.fill_(0.01)
+    linear.weight.fill_(2**-7)  # any dtype has it
     linears = [copy.deepcopy(linear) for _ in range(count)]
     if device.type == "cpu" and compute == torch.float32:
-        panel_weights(nn.ModuleList(linears), stored)
+        panel_weights(nn.ModuleList(linears), stored, rounded)
     return linears
 
 
@@ -93,7 +98,7 @@ def _linear_rate(linears: list[Any], device: torch.device, compute: torch.dtype)
 
 
 def expert_flops_per_s(
-    device: torch.device, stored: torch.dtype, compute: torch.dtype, sizes: int
+    device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool, sizes: int
 ) -> dict[int, dict[int, float]]:
     """The expert stage under random routing: `{elements of an expert: {mean rows per expert: FLOP/s}}`.
 
@@ -101,7 +106,7 @@ def expert_flops_per_s(
     """
     surface = {}
     for number, geometry in enumerate(_EXPERTS[:sizes]):
-        host, _ = _model(device, stored, compute, num_hidden_layers=1, vocab_size=256, **geometry)
+        host, _ = _model(device, stored, compute, rounded, num_hidden_layers=1, vocab_size=256, **geometry)
         (module,) = filter(is_experts, host.model.modules())
         elements = 3 * geometry["hidden_size"] * geometry["moe_intermediate_size"]
         surface[elements] = _best_curve(
@@ -215,15 +220,15 @@ def fixed_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype) -
         min(_decode_pass_seconds(machine, stored, compute, layers) for _ in range(_ROUNDS)) for layers in (2, 10)
     )
     layer = max((many - few) / 8, 0.0)
-    group = _group_seconds(torch.device(machine.device), stored, compute)
+    group = _group_seconds(machine, stored, compute)
     return {"layer_s": layer, "pass_s": max(few - 2 * layer, 0.0), "group_s": group}
 
 
 @torch.inference_mode()
-def _group_seconds(device: torch.device, stored: torch.dtype, compute: torch.dtype) -> float:
+def _group_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype) -> float:
     """By a stage whose experts come one at a time, beside the same stage in one group."""
-    experts, side = 16, 64
-    host, _ = _model(device, stored, compute, num_hidden_layers=1, vocab_size=256, hidden_size=side,
+    device, experts, side = torch.device(machine.device), 16, 64
+    host, _ = _model(device, stored, compute, machine.dots_bf16, num_hidden_layers=1, vocab_size=256, hidden_size=side,
                      moe_intermediate_size=32, num_experts=experts)  # fmt: skip
     (module,) = filter(is_experts, host.model.modules())
     x_TD = torch.ones(experts, side, device=device, dtype=compute)
@@ -233,8 +238,8 @@ def _group_seconds(device: torch.device, stored: torch.dtype, compute: torch.dty
     groups = tuple(
         ExpertGroup(
             expert,
-            expert_matrix(1, 64, side, stored, compute, device),
-            expert_matrix(1, side, 32, stored, compute, device),
+            expert_matrix(1, 64, side, stored, compute, device, machine.dots_bf16),
+            expert_matrix(1, side, 32, stored, compute, device, machine.dots_bf16),
         )
         for expert in range(experts)
     )
@@ -244,9 +249,10 @@ def _group_seconds(device: torch.device, stored: torch.dtype, compute: torch.dty
 
 
 def _decode_pass_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype, layers: int) -> float:
-    host, _ = _model(torch.device(machine.device), stored, compute, num_hidden_layers=layers, hidden_size=64,
-                     num_experts=4, num_experts_per_tok=1, moe_intermediate_size=32, num_attention_heads=2,
-                     num_key_value_heads=1, vocab_size=256)  # fmt: skip
+    host, _ = _model(torch.device(machine.device), stored, compute, machine.dots_bf16,
+                     num_hidden_layers=layers, hidden_size=64, num_experts=4, num_experts_per_tok=1,
+                     moe_intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
+                     vocab_size=256)  # fmt: skip
     reports = _run(host, _plan(machine, stored, compute), Workload(1, ((4, 20),)))
     return float(np.quantile([report.seconds for report in reports[4:]], 0.25))
 
@@ -254,8 +260,8 @@ def _decode_pass_seconds(machine: Machine, stored: torch.dtype, compute: torch.d
 def rest_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype, rates: Rates) -> dict[str, Any]:
     """Of every sequence in a pass and of every hidden element of a token in a layer: what real passes take beyond
     what `rates` explain."""
-    host, shape = _model(torch.device(machine.device), stored, compute, num_hidden_layers=2, vocab_size=_VOCAB_SIZE,
-                         **_EXPERTS[0])  # fmt: skip
+    host, shape = _model(torch.device(machine.device), stored, compute, machine.dots_bf16, num_hidden_layers=2,
+                         vocab_size=_VOCAB_SIZE, **_EXPERTS[0])  # fmt: skip
     plan = _plan(machine, stored, compute)
     footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
     model = CostModel(footprint, plan, replace(rates, element_s=0.0, sequence_s=0.0))
@@ -297,11 +303,12 @@ def _plan(machine: Machine, stored: torch.dtype, compute: torch.dtype) -> Plan:
         logit_tokens=4096, page_tokens=_PAGE_TOKENS, kv_pages=2048, kv_home="host" if on_cpu else "device",
         attention_on_host=float(on_cpu), groups=1, group_experts=1 << 20, resident_groups=1, host_groups=0,
         stream_slots=0, stream_depth=0, reader_threads=0, host=MemoryUse(), device_memory=MemoryUse(),
+        rounded=machine.dots_bf16,
     )  # fmt: skip
 
 
 def _model(
-    device: torch.device, stored: torch.dtype, compute: torch.dtype, **config: Any
+    device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool, **config: Any
 ) -> tuple[ModelHost, ModelShape]:
     """Of random weights, kept in `stored` where the engine does so."""
     usual = {"num_experts_per_tok": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
@@ -311,10 +318,12 @@ def _model(
     with device, no_init_weights():
         model = AutoModelForCausalLM.from_config(settings, dtype=compute, **SEAMS)
     for name, parameter in model.named_parameters():  # only routing needs weights that differ
-        parameter.data.normal_(0, 0.02) if "experts" not in name and parameter.dim() > 1 else parameter.data.fill_(0.01)
+        random = "experts" not in name and parameter.dim() > 1
+        parameter.data.normal_(0, 0.02) if random else parameter.data.fill_(0.01)
+        parameter.data.copy_(parameter.data.to(stored))  # as a checkpoint of that dtype has them
     settings.dtype = stored
     shape = ModelShape.of(settings, {name: tuple(p.shape) for name, p in model.named_parameters()})
-    return ModelHost(model, staged=True, expert_tokens=8192, stored_dtype=stored), shape
+    return ModelHost(model, staged=True, expert_tokens=8192, stored_dtype=stored, rounded=rounded), shape
 
 
 def _name(dtype: torch.dtype) -> str:

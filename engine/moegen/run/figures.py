@@ -69,7 +69,7 @@ class Yardstick:
     def peak_flops_per_s(self) -> float | None:
         """The best rate that was measured for the arithmetic that the plan uses."""
         rates = self.machine.rates
-        dense = rates.linear_flops_per_s.get(self.plan.compute_dtype, {})
+        dense = rates.linear_flops_per_s.get(self.plan.product_dtype, {})
         experts = rates.expert_flops_per_s.get(self.plan.expert_dtype, {})
         return max((rate for curves in (dense, experts) for curve in curves.values() for rate in curve.values()),
                    default=None)  # fmt: skip

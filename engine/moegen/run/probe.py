@@ -39,7 +39,7 @@ def probe(device: str = "auto", model_uri: str | None = None) -> Machine:
     with _measuring("the fixed time of a pass, in a tiny model"):
         rates = replace(rates, **engine_rates.fixed_seconds(machine, _STORED, compute))
     rates = replace(rates, runtime_bytes=_resident_bytes())  # all is imported and compiled, nothing large is held yet
-    rates = replace(_host_rates(rates, model_uri), **_device_rates(where, compute))
+    rates = replace(_host_rates(rates, model_uri), **_device_rates(machine, where, compute))
     with _measuring("passes of a small model"):
         rates = replace(rates, **engine_rates.rest_seconds(machine, _STORED, compute, rates))
     return replace(machine, rates=rates)
@@ -47,7 +47,7 @@ def probe(device: str = "auto", model_uri: str | None = None) -> Machine:
 
 def _compute_dtype(machine: Machine) -> torch.dtype:
     """What the planner will choose for the usual checkpoint."""
-    return torch.bfloat16 if machine.native_bf16 else torch.float32
+    return torch.bfloat16 if machine.native_bf16 and not machine.dots_bf16 else torch.float32
 
 
 def _host_rates(rates: Rates, model_uri: str | None) -> Rates:
@@ -63,13 +63,17 @@ def _host_rates(rates: Rates, model_uri: str | None) -> Rates:
         return replace(rates, latent_flops_per_s=engine_rates.latent_flops_per_s(_STORED))
 
 
-def _device_rates(where: torch.device, compute: torch.dtype) -> dict[str, Any]:
+def _device_rates(machine: Machine, where: torch.device, compute: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with _measuring(f"dense linear layers on {where}"):
-        found["linear_flops_per_s"] = {_name(compute): engine_rates.linear_flops_per_s(where, _STORED, compute)}
+        products = {_name(_STORED): True, _name(compute): False} if machine.dots_bf16 else {_name(compute): False}
+        found["linear_flops_per_s"] = {
+            name: engine_rates.linear_flops_per_s(where, _STORED, compute, rounded)
+            for name, rounded in products.items()
+        }
     with _measuring(f"the expert stage on {where}"):
         found["expert_flops_per_s"] = {
-            _name(stored): engine_rates.expert_flops_per_s(where, stored, compute, sizes)
+            _name(stored): engine_rates.expert_flops_per_s(where, stored, compute, machine.dots_bf16, sizes)
             for stored, sizes in _EXPERT_SIZES.items()
         }
     with _measuring(f"attention of prompts on {where}"):
