@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-_SPINS = "2000"  # of about 50 ns on x86 since Skylake: as long as it takes to wake a thread that sleeps
+_SPINS = "10000"  # some 0.4 ms on x86 since Skylake: Python needs as long between one parallel region and the next
 
 
 def share_cores() -> None:
-    """Compute threads that wait for each other soon sleep; to be called before torch is imported.
+    """Compute threads that wait for each other sleep before long; to be called before torch is imported.
 
     A pass has hundreds of short parallel regions, and at the end of each the threads wait for the last one. GNU's
     OpenMP lets them spin for milliseconds there; when another process has the core that the last one needs, they spin

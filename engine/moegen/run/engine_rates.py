@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,13 +31,13 @@ from moegen.plan.predict import simulate
 from moegen.plan.workload import Workload
 from moegen.run.engine import Engine
 from moegen.run.stats import PassReport
-from moegen.run.timing import best_seconds
+from moegen.run.timing import usual_seconds
 from moegen.schedule.sequence import Request, Sequence
 from moegen.schedule.step import Chunk, QuerySpans, Step
 from moegen.shape import ModelShape
 from moegen.spec import Sampling
 
-_ROUNDS = 2  # of every timing, the best counts: a busy second hits one of them only
+_ROUNDS = 3  # of every timing; their median counts, for jobs meet the machine as it usually is
 _EXPERT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 _LINEAR_ROWS = (1, 4, 16, 64, 512)
 _FLOPS = 10e9  # per timing; weights that many rows reuse need not be swept over
@@ -57,16 +59,16 @@ def linear_flops_per_s(
     """Dense linear layers: `{elements of the weight: {rows: FLOP/s}}`."""
 
     def curve(side: int) -> dict[int, float]:
-        return _best_curve(
+        return _usual_curve(
             _LINEAR_ROWS, _linear_rate(_linears(device, stored, compute, rounded, side), device, compute)
         )
 
     return {side * side: curve(side) for side in _LINEAR_SIDES}
 
 
-def _best_curve(sizes: tuple[int, ...], rate: Callable[[int], float]) -> dict[int, float]:
+def _usual_curve(sizes: tuple[int, ...], rate: Callable[[int], float]) -> dict[int, float]:
     rounds = [{size: rate(size) for size in sizes} for _ in range(_ROUNDS)]
-    return {size: max(found[size] for found in rounds) for size in sizes}
+    return {size: statistics.median(found[size] for found in rounds) for size in sizes}
 
 
 def _linears(device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool, side: int) -> list[Any]:
@@ -92,7 +94,7 @@ def _linear_rate(linears: list[Any], device: torch.device, compute: torch.dtype)
             for linear in swept:
                 linear(x_TI)
 
-        return flops * len(swept) / best_seconds(sweep, device)
+        return flops * len(swept) / usual_seconds(sweep, device)
 
     return rate
 
@@ -109,7 +111,7 @@ def expert_flops_per_s(
         host, _ = _model(device, stored, compute, rounded, num_hidden_layers=1, vocab_size=256, **geometry)
         (module,) = filter(is_experts, host.model.modules())
         elements = 3 * geometry["hidden_size"] * geometry["moe_intermediate_size"]
-        surface[elements] = _best_curve(
+        surface[elements] = _usual_curve(
             _EXPERT_ROWS[:: 2 if number else 1], _stage_rate(module, elements, device, compute)
         )
     return surface
@@ -124,7 +126,7 @@ def _stage_rate(module: Any, elements: int, device: torch.device, compute: torch
         hidden_TD = torch.randn(tokens, module.hidden_dim, device=device, dtype=compute)
         ids_TK = torch.rand(tokens, module.num_experts, device=device).topk(top_k).indices
         weights_TK = torch.full((tokens, top_k), 1 / top_k, device=device, dtype=compute)
-        seconds = best_seconds(lambda: module(hidden_TD, ids_TK, weights_TK), device)
+        seconds = usual_seconds(lambda: module(hidden_TD, ids_TK, weights_TK), device)
         return 2 * tokens * top_k * elements / seconds
 
     return rate
@@ -158,7 +160,7 @@ def latent_flops_per_s(dtype: torch.dtype) -> float:
     query_SHW = torch.zeros(sequences, _LATENT_HEADS, _LATENT.key_dim)
     out_SHR = torch.empty(sequences, _LATENT_HEADS, _LATENT.value_dim)
     rule = AttentionRule(_HEAD_DIM**-0.5)
-    seconds = best_seconds(lambda: attend_pages(query_SHW, pages, spans, rule, out_SHR), torch.device("cpu"))
+    seconds = usual_seconds(lambda: attend_pages(query_SHW, pages, spans, rule, out_SHR), torch.device("cpu"))
     return 2 * _LATENT_HEADS * (_LATENT.key_dim + _LATENT.value_dim) * sequences * context / seconds
 
 
@@ -202,7 +204,7 @@ def _attention_seconds(
     query_THD = torch.zeros(step.tokens, group * _KV_HEADS, _HEAD_DIM, dtype=compute, device=device)
     pool.layers[0].write(key_TGD, key_TGD, batch)
     rule = AttentionRule(_HEAD_DIM**-0.5)
-    return best_seconds(lambda: paged_attention(query_THD, pool.layers[0], batch, rule), device)
+    return usual_seconds(lambda: paged_attention(query_THD, pool.layers[0], batch, rule), device)
 
 
 @torch.inference_mode()
@@ -210,14 +212,15 @@ def logit_seconds(device: torch.device) -> float:
     """Sampling, greedy, for every logit."""
     sequences = [Sequence(Request(0, (0,), _SAMPLED), 0, [0]) for _ in range(256)]
     logits_SV = torch.randn(len(sequences), _VOCAB_SIZE, device=device)
-    return best_seconds(lambda: sample(logits_SV, sequences), device) / logits_SV.numel()
+    return usual_seconds(lambda: sample(logits_SV, sequences), device) / logits_SV.numel()
 
 
 def fixed_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype) -> dict[str, Any]:
     """Of a pass, of each layer and of each further group of its experts, whatever is in them: one sequence decoding in
     models of almost no arithmetic."""
     few, many = (
-        min(_decode_pass_seconds(machine, stored, compute, layers) for _ in range(_ROUNDS)) for layers in (2, 10)
+        statistics.median(_decode_pass_seconds(machine, stored, compute, layers) for _ in range(_ROUNDS))
+        for layers in (2, 10)
     )
     layer = max((many - few) / 8, 0.0)
     group = _group_seconds(machine, stored, compute)
@@ -234,7 +237,7 @@ def _group_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype) 
     x_TD = torch.ones(experts, side, device=device, dtype=compute)
     ids_TK = torch.arange(experts, device=device)[:, None]
     weights_TK = torch.ones(experts, 1, device=device, dtype=compute)
-    together = best_seconds(lambda: module(x_TD, ids_TK, weights_TK), device)
+    together = usual_seconds(lambda: module(x_TD, ids_TK, weights_TK), device)
     groups = tuple(
         ExpertGroup(
             expert,
@@ -244,7 +247,7 @@ def _group_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype) 
         for expert in range(experts)
     )
     module.moegen = replace(module.moegen, supply=ResidentExperts(groups))
-    apart = best_seconds(lambda: module(x_TD, ids_TK, weights_TK), device)
+    apart = usual_seconds(lambda: module(x_TD, ids_TK, weights_TK), device)
     return max((apart - together) / (experts - 1), 0.0)
 
 
@@ -258,8 +261,8 @@ def _decode_pass_seconds(machine: Machine, stored: torch.dtype, compute: torch.d
 
 
 def rest_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype, rates: Rates) -> dict[str, Any]:
-    """Of every sequence in a pass and of every hidden element of a token in a layer: what real passes take beyond
-    what `rates` explain."""
+    """Of every layer, of every sequence in a pass and of every hidden element of a token in a layer: what real passes
+    take beyond what `rates` explain."""
     host, shape = _model(torch.device(machine.device), stored, compute, machine.dots_bf16, num_hidden_layers=2,
                          vocab_size=_VOCAB_SIZE, **_EXPERTS[0])  # fmt: skip
     plan = _plan(machine, stored, compute)
@@ -268,22 +271,28 @@ def rest_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype, ra
     rest, causes = [], []
     for workload in (Workload(8, ((16, 10),)), Workload(128, ((16, 8),)), Workload(256, ((24, 5),)),
                      Workload(4, ((512, 4),))):  # fmt: skip
-        measured = np.array([report.seconds for report in _run(host, plan, workload)])
+        rounds = [[report.seconds for report in _run(host, plan, workload)] for _ in range(1 + _ROUNDS)]
+        measured = np.median(rounds[1:], axis=0)  # in the first, memory is new
         load = simulate(plan, workload).load
         rest.append((measured - model.time(load).seconds) / measured)
-        causes.append(np.stack([load.sequences, load.tokens * shape.layers * shape.hidden_size]) / measured)
-    sequence, element = _not_negative(np.concatenate(causes, axis=1).T, np.concatenate(rest))
-    return {"sequence_s": sequence, "element_s": element}
+        layers = np.full_like(measured, shape.layers)
+        causes.append(np.stack([layers, load.sequences, load.tokens * shape.layers * shape.hidden_size]) / measured)
+    layer, sequence, element = _not_negative(np.concatenate(causes, axis=1).T, np.concatenate(rest))
+    return {"layer_s": (rates.layer_s or 0) + layer, "sequence_s": sequence, "element_s": element}
 
 
-def _not_negative(causes: np.ndarray, rest: np.ndarray) -> tuple[float, float]:
-    """Least squares of two causes; one that would come out negative is none."""
-    both = np.linalg.lstsq(causes, rest, rcond=None)[0]
-    if (both >= 0).all():
-        return float(both[0]), float(both[1])
-    alone = [max(float(np.linalg.lstsq(causes[:, [i]], rest, rcond=None)[0][0]), 0.0) for i in (0, 1)]
-    errors = [float(np.sum((rest - causes[:, i] * alone[i]) ** 2)) for i in (0, 1)]
-    return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
+def _not_negative(causes: np.ndarray, rest: np.ndarray) -> list[float]:
+    """Least squares of some causes, `[passes, causes]`, none of which may be below 0: the best of all subsets."""
+    count = causes.shape[1]
+    best, least = np.zeros(count), float(np.sum(rest**2))
+    for size in range(1, count + 1):
+        for subset in itertools.combinations(range(count), size):
+            found = np.zeros(count)
+            found[list(subset)] = np.linalg.lstsq(causes[:, subset], rest, rcond=None)[0]
+            error = float(np.sum((rest - causes @ found) ** 2))
+            if (found >= 0).all() and error < least:
+                best, least = found, error
+    return best.tolist()
 
 
 def _run(host: ModelHost, plan: Plan, workload: Workload) -> list[PassReport]:

@@ -13,7 +13,7 @@ import torch
 from moegen.memory.direct_read import DirectFile, ReadBuffer
 from moegen.ops.expert_weights import expert_matrix
 from moegen.ops.link import Link
-from moegen.run.timing import best_seconds
+from moegen.run.timing import usual_seconds
 
 _BLOCK_BYTES = 256 << 20
 _READ_BYTES = 8 << 20
@@ -26,7 +26,7 @@ _PLACED = (4, 1024, 1024)  # experts, output features, input features
 def dram_read_bytes_per_s() -> float:
     """Reads by all cores."""
     block = torch.ones(_BLOCK_BYTES // 4)
-    return _BLOCK_BYTES / best_seconds(block.sum, torch.device("cpu"))
+    return _BLOCK_BYTES / usual_seconds(block.sum, torch.device("cpu"))
 
 
 def link_bytes_per_s(device: torch.device) -> dict[str, float]:
@@ -35,8 +35,8 @@ def link_bytes_per_s(device: torch.device) -> dict[str, float]:
     there = host.to(device)
     block = torch.ones(_BLOCK_BYTES // 4)
     seconds = {
-        "h2d_bytes_per_s": best_seconds(lambda: there.copy_(host, non_blocking=True), device),
-        "d2h_bytes_per_s": best_seconds(lambda: host.copy_(there, non_blocking=True), device),
+        "h2d_bytes_per_s": usual_seconds(lambda: there.copy_(host, non_blocking=True), device),
+        "d2h_bytes_per_s": usual_seconds(lambda: host.copy_(there, non_blocking=True), device),
     }
     return {name: _BLOCK_BYTES / each for name, each in seconds.items()} | _together(host, there, block)
 
@@ -69,7 +69,7 @@ def gather_bytes_per_s(device: torch.device) -> float:
     table = torch.ones(_BLOCK_BYTES // _PAGE_BYTES, _PAGE_BYTES // 4)
     ids_N = np.random.default_rng(0).permutation(len(table))[: max(_GATHERED_BYTES // _PAGE_BYTES, 1)]
     link = Link(device)
-    return len(ids_N) * _PAGE_BYTES / best_seconds(lambda: link.rows_to_device((table,), ids_N), device)
+    return len(ids_N) * _PAGE_BYTES / usual_seconds(lambda: link.rows_to_device((table,), ids_N), device)
 
 
 def place_bytes_per_s(dtype: torch.dtype) -> float:
@@ -82,7 +82,7 @@ def place_bytes_per_s(dtype: torch.dtype) -> float:
         for expert in range(experts):
             matrix.place(expert, 0, stored)
 
-    return experts * stored.nbytes / best_seconds(place, torch.device("cpu"))
+    return experts * stored.nbytes / usual_seconds(place, torch.device("cpu"))
 
 
 def disk_bytes_per_s(model_uri: str | None, threads: tuple[int, ...]) -> dict[int, float]:

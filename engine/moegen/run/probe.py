@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moegen.errors import MoegenError
+from moegen.ops.host_memory import keep_freed_memory
 from moegen.ops.threads import use_threads
 from moegen.plan.machine import Machine, Rates
 from moegen.run import engine_rates, machine_rates
@@ -34,6 +35,7 @@ def probe(device: str = "auto", model_uri: str | None = None) -> Machine:
     machine = Machine.detect(device)
     where = torch.device(machine.device)
     use_threads(machine.cores)
+    keep_freed_memory()  # as jobs do: memory that comes anew from the system is slow at first touch
     compute = _compute_dtype(machine)
     rates = Rates()
     with _measuring("the fixed time of a pass, in a tiny model"):
