@@ -136,7 +136,7 @@ def test_the_bound_is_the_formula() -> None:
     rates = Rates(
         linear_flops_per_s={"bfloat16": {1: {1: 7e14}}}, h2d_bytes_per_s=55e9, dram_read_bytes_per_s=200e9,
     )  # fmt: skip
-    machine = Machine("cuda", "a GPU", 16, 128 << 30, 80 << 30, True, rates)
+    machine = Machine("cuda", "a GPU", 16, 128 << 30, 80 << 30, True, rates=rates)
     elements = 46_702_792_704
     shape = ModelShape(
         "mixtral", 32, 4096, 32_000, 32, 8, 2, 1 << 17, "bfloat16", elements, 32 * 8 * 3 * 4096 * 14_336,

@@ -114,6 +114,12 @@ def test_activations_are_rounded_where_the_kernel_multiplies_bfloat16(machine, d
     assert plan.product_dtype == ("bfloat16" if rounded else computed)
 
 
+def test_explain_says_in_what_is_multiplied():
+    text = explain(SHAPE, DOTS, Outlook.of(SHAPE, DOTS, Engine(), "auto", None))
+    assert "products of bfloat16, added in float32" in text
+    assert "products of bfloat16" not in explain(SHAPE, MACHINE, Outlook.of(SHAPE, MACHINE, Engine(), "auto", None))
+
+
 def test_the_pages_keep_the_models_dtype_whatever_computes():
     plan = choose_plan(SHAPE, replace(MACHINE, native_bf16=False), Engine())
     assert plan.kv_dtype == "bfloat16"

@@ -103,7 +103,9 @@ def _plan(shape: ModelShape, plan: Plan) -> list[str]:
         )
     if plan.groups:
         lines.append(_experts(plan))
-    if plan.kv_dtype not in (plan.compute_dtype, "int8"):
+    if plan.rounded:
+        lines.append("          products of bfloat16, added in float32; between products activations are float32")
+    elif plan.kv_dtype not in (plan.compute_dtype, "int8"):
         lines.append(f"          computed in {plan.compute_dtype}: this CPU multiplies {plan.kv_dtype} more slowly")
     return lines
 
