@@ -54,6 +54,6 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     s3fs.S3FileSystem.clear_instance_cache()  # instances remember the endpoint of their first use
     name = f"bucket-{uuid.uuid4().hex}"
-    boto3.client("s3").create_bucket(Bucket=name)
+    boto3.Session().client("s3").create_bucket(Bucket=name)  # the default session keeps its first credentials
     yield f"s3://{name}"
     s3fs.S3FileSystem.clear_instance_cache()

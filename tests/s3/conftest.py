@@ -56,7 +56,7 @@ def store(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(storage, "_IGNORE_CONDITIONS", set())
     reach(ceph.endpoint)
     name = f"bucket-{uuid.uuid4().hex}"
-    boto3.client("s3").create_bucket(Bucket=name)
+    boto3.Session().client("s3").create_bucket(Bucket=name)  # the default session keeps its first credentials
     yield Store(ceph, f"s3://{name}", reach)
     s3fs.S3FileSystem.clear_instance_cache()
 
