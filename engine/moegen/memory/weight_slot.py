@@ -154,7 +154,7 @@ class _First:
 
     def __init__(self, matrix: ExpertMatrix, experts: int) -> None:
         self.experts, self.out_features, self.in_features = experts, matrix.out_features, matrix.in_features
-        self._matrix = matrix
+        self._matrix, self.row_dtype = matrix, matrix.row_dtype
         self.place, self.place_transposed, self.lay_out = matrix.place, matrix.place_transposed, matrix.lay_out
 
     @property

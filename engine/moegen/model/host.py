@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moegen.memory.kv_pool import KVShape
 from moegen.memory.state_pool import StateShape
 from moegen.model.dense import panel_weights
+from moegen.model.gates import row_gates
 from moegen.model.latent import keep_latents
 from moegen.model.norms import row_norms
 from moegen.model.recurrent import RecurrentModule, StateView, hear_of_passes, place_recurrent
@@ -70,6 +71,7 @@ class ModelHost:
             panel_weights(model, stored, rounded)
             row_norms(model)
             row_rotations(model)
+            row_gates(model)
         unmask(model)
         hear_of_passes(model, [*place_recurrent(model), *place_indexers(model)])
         if staged:

@@ -54,7 +54,7 @@ class StagedLayer(nn.Module):
         after_1TD, normed_1TD = moegen.in_batches(
             lambda batches: self._attend(parts, hidden_1TD, batches, moegen, kwargs)
         )
-        return after_1TD + _first(parts[-1](normed_1TD))
+        return after_1TD.add_(_first(parts[-1](normed_1TD)))
 
     def _attend(
         self, parts: list[Any], hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext,
@@ -68,7 +68,7 @@ class StagedLayer(nn.Module):
             x_1tD = hidden_1TD[:, own]
             narrowed = {name: cut(value, own, moegen.tokens) for name, value in kwargs.items()}
             attended = mixer(hidden_states=norm(x_1tD), moegen=moegen.within(batch), **narrowed)
-            after_1TD[:, own] = x_1tD + _first(attended)
+            torch.add(x_1tD, _first(attended), out=after_1TD[:, own])
             normed_1TD[:, own] = next_norm(after_1TD[:, own])
         return after_1TD, normed_1TD
 

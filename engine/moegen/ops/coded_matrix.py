@@ -54,6 +54,10 @@ class CodedMatrix:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        return self._compute_dtype
+
     def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
         """Plain weights: they are quantised, a scale per output. Only one of `OWN_CODINGS` can be made so."""
         codes, scales_GO = quantised(rows_OI, self.coding)

@@ -36,6 +36,11 @@ class ExpertMatrix(Protocol):
         """Memory that it takes."""
         ...
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of the rows that `linear` reads."""
+        ...
+
     def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
         """Sets output features `first_row ..` of one expert. Distinct rows may be placed by several threads."""
         ...
@@ -74,6 +79,10 @@ class PanelMatrix:
     def nbytes(self) -> int:
         return self._panels_ENIP.nbytes
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._pairs else torch.float32
+
     def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
         rows_OI = rows_OI.to(self.dtype)
         pack_rows(
@@ -98,7 +107,7 @@ class PanelMatrix:
         return rows_TI.view(self.dtype)[:, : self.in_features]
 
     def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return laid_out(x_TI, torch.bfloat16 if self._pairs else torch.float32)
+        return laid_out(x_TI, self.row_dtype)
 
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         starts = np.array([0, *counts]).cumsum()
@@ -128,6 +137,10 @@ class PlainMatrix:
     @property
     def nbytes(self) -> int:
         return self.weight_EOI.nbytes
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        return self.weight_EOI.dtype
 
     def place(self, expert: int, first_row: int, rows_OI: torch.Tensor) -> None:
         self.weight_EOI[expert, first_row : first_row + rows_OI.shape[0]].copy_(rows_OI)

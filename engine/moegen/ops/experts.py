@@ -14,6 +14,7 @@ import torch
 
 from moegen.ops.expert_kernel import add_weighted_rows
 from moegen.ops.expert_weights import UP, ExpertGroup, ExpertSupply
+from moegen.ops.gate_kernel import silu_gated
 from moegen.ops.micro_batch import MicroBatch
 from moegen.ops.threads import numba_threads
 
@@ -112,12 +113,19 @@ def _expert_mlp(
     hidden_SF = group.up.linear(hidden_TD, counts, tokens_S)
     if module.has_bias:
         hidden_SF += getattr(module, f"{UP[module.has_gate]}_bias")[ids_S]
-    hidden_SF = module._apply_gate(hidden_SF) if module.has_gate else module.act_fn(hidden_SF)
+    hidden_SF = _activated(module, hidden_SF, group.down.row_dtype)
     out_SD = group.down.linear(hidden_SF, counts)
     if module.has_bias:
         out_SD += module.down_proj_bias[ids_S]
     has_norm = getattr(module, "has_post_expert_norm", False)  # transformers before 5.20 has no such experts
     return module.post_expert_norm(out_SD) if has_norm else out_SD
+
+
+def _activated(module: Any, hidden_SF: torch.Tensor, row_dtype: torch.dtype) -> torch.Tensor:
+    """The rows of the second projection; in its dtype where our kernel makes them."""
+    if not module.has_gate:
+        return module.act_fn(hidden_SF)
+    return silu_gated(hidden_SF, row_dtype) if module._apply_gate is silu_gated else module._apply_gate(hidden_SF)
 
 
 def _add_rows(out_TD: torch.Tensor, routed: _Routed, chunk: ExpertChunk, answer_SD: torch.Tensor) -> None:

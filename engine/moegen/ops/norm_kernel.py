@@ -12,10 +12,9 @@ import torch
 
 from moegen.ops.expert_kernel import row_width
 from moegen.ops.kernel_cache import lock_kernel_cache
-from moegen.ops.threads import numba_threads
+from moegen.ops.threads import threads_for
 
 lock_kernel_cache()
-_FEW_ELEMENTS = 1 << 14  # that one thread has done before a second one has woken
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -27,9 +26,8 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.T
     x_RD = x.reshape(-1, features).contiguous()
     width = row_width(features) if x.dim() < 4 else features  # heads side by side are one row to whoever is next
     out_RW = torch.empty(len(x_RD), width)
-    threads = numba_threads()
-    at_work = threads if x_RD.numel() > _FEW_ELEMENTS else 1
-    _norm_rows(x_RD.numpy(), weight_D.numpy(), epsilon, out_RW.numpy(), at_work)
+    threads = threads_for(x_RD.numel())
+    _norm_rows(x_RD.numpy(), weight_D.numpy(), epsilon, out_RW.numpy(), threads)
     return out_RW[:, :features].view(x.shape)
 
 

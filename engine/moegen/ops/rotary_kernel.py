@@ -12,10 +12,9 @@ import numba
 import torch
 
 from moegen.ops.kernel_cache import lock_kernel_cache
-from moegen.ops.threads import numba_threads
+from moegen.ops.threads import threads_for
 
 lock_kernel_cache()
-_FEW_ELEMENTS = 1 << 14  # that one thread has done before a second one has woken
 
 
 def rotated(x_1HTD: torch.Tensor, cos_1TE: torch.Tensor, sin_1TE: torch.Tensor) -> torch.Tensor:
@@ -25,9 +24,8 @@ def rotated(x_1HTD: torch.Tensor, cos_1TE: torch.Tensor, sin_1TE: torch.Tensor) 
     """
     x_THD = x_1HTD[0].transpose(0, 1).contiguous()
     out_THD = torch.empty_like(x_THD)
-    threads = numba_threads()
-    at_work = threads if x_THD.numel() > _FEW_ELEMENTS else 1
-    _rotate(x_THD.numpy(), cos_1TE[0].contiguous().numpy(), sin_1TE[0].contiguous().numpy(), out_THD.numpy(), at_work)
+    threads = threads_for(x_THD.numel())
+    _rotate(x_THD.numpy(), cos_1TE[0].contiguous().numpy(), sin_1TE[0].contiguous().numpy(), out_THD.numpy(), threads)
     return out_THD.transpose(0, 1)[None]
 
 

@@ -28,3 +28,12 @@ def numba_threads() -> int:
         torch.set_num_threads(threads)  # both share one OpenMP: starting Numba's threads resets the number of torch's
         _wanted.count = threads
     return int(min(threads, most))
+
+
+_FEW_ELEMENTS = 1 << 14  # that one thread has done before a second one has woken
+
+
+def threads_for(elements: int) -> int:
+    """As `numba_threads`; 1 for so few elements that are read and written once."""
+    threads = numba_threads()
+    return threads if elements > _FEW_ELEMENTS else 1

@@ -19,6 +19,10 @@ DOTS = bool(_FEATURES.get("avx512bf16"))  # whether `dot` can be used here
 LINE_BYTES = 64  # of a cache line
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 V8, V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
+# Cephes' expf: e^x = 1 + x + x^2 P(x) for |x| <= ln 2 / 2.
+_EXP_P = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP_FLOOR = -87.0  # e^x is taken as e^-87 below it: the least of float32 that is not subnormal
 _ALIGNMENT = {I8: 1, V8: 1, I16: 2, V16: 2, V32: 1}  # of words too: they may be four codes
 
 
@@ -49,6 +53,24 @@ def call(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{LANES}f32"), args)
 
 
+def greater(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The greater of both; the second where one is no number."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def exp_negative(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """e^x for x <= 0, to about one unit in the last place."""
+    x = greater(b, x, vf(_EXP_FLOOR))
+    power = call(b, "rint", b.fmul(x, vf(_LOG2_E)))
+    rest = call(b, "fma", power, vf(-_LN2_LOW), call(b, "fma", power, vf(-_LN2_HIGH), x))
+    series = vf(_EXP_P[0])
+    for coefficient in _EXP_P[1:]:
+        series = call(b, "fma", series, rest, vf(coefficient))
+    series = b.fadd(call(b, "fma", series, b.fmul(rest, rest), rest), vf(1.0))
+    exponent = b.shl(b.add(b.fptosi(power, V32), v32([127] * LANES)), v32([23] * LANES))
+    return b.fmul(series, b.bitcast(exponent, VF))
+
+
 class _BFloat16(ir.types._BaseFloatType):
     """What llvmlite has no name for."""
 
@@ -67,6 +89,11 @@ def dot(b: ir.IRBuilder, x: ir.Value, y: ir.Value, sums: ir.Value) -> ir.Value:
     kind = ir.FunctionType(VF, [VF, pairs, pairs])
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     return b.call(function, [sums, b.bitcast(x, pairs), b.bitcast(y, pairs)])
+
+
+def rounded_to_bfloat16(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The bits of the nearest bfloat16, to the even one of two; where there is `dot`."""
+    return b.bitcast(b.fptrunc(x, ir.VectorType(_BFloat16(), LANES)), V16)
 
 
 def at(b: ir.IRBuilder, address: ir.Value, index: ir.Value | int, stride: int) -> ir.Value:

@@ -29,6 +29,8 @@ from moegen.ops.vector_ir import (
     at,
     call,
     elements,
+    exp_negative,
+    greater,
     halves,
     i64,
     load,
@@ -47,15 +49,6 @@ DEPTH = 128  # of a product
 SOFT_ROWS = 4  # of a softmax
 X_STRIDE = DEPTH + 16  # elements: known when compiling, a whole number of cache lines, and no power of two
 
-_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
-# Cephes' expf: e^x = 1 + x + x^2 P(x) for |x| <= ln 2 / 2.
-_EXP_P = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_EXP_FLOOR = -87.0  # e^x is taken as e^-87 below it: the least of float32 that is not subnormal
-
-
-def _greater(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    return b.select(b.fcmp_ordered(">", x, y), x, y)
-
 
 def _sum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.fadd(x, y)
@@ -69,19 +62,6 @@ def _reduce(b: ir.IRBuilder, vector: ir.Value, combine: Callable[..., ir.Value])
         vector = combine(b, vector, other)
         distance //= 2
     return b.extract_element(vector, ir.Constant(I32, 0))
-
-
-def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """e^x for x <= 0, to about one unit in the last place."""
-    x = _greater(b, x, vf(_EXP_FLOOR))
-    power = call(b, "rint", b.fmul(x, vf(_LOG2_E)))
-    rest = call(b, "fma", power, vf(-_LN2_LOW), call(b, "fma", power, vf(-_LN2_HIGH), x))
-    series = vf(_EXP_P[0])
-    for coefficient in _EXP_P[1:]:
-        series = call(b, "fma", series, rest, vf(coefficient))
-    series = b.fadd(call(b, "fma", series, b.fmul(rest, rest), rest), vf(1.0))
-    exponent = b.shl(b.add(b.fptosi(power, V32), v32([127] * LANES)), v32([23] * LANES))
-    return b.fmul(series, b.bitcast(exponent, VF))
 
 
 @intrinsic
@@ -378,19 +358,19 @@ def _soften(  # type: ignore[no-untyped-def]
     with cgutils.for_range(b, vectors) as loop:
         for start, seen, top in zip(starts, inside(loop.index), tops, strict=True):
             score = b.select(seen, load(b, at(b, start, loop.index, 4 * LANES), VF), vf(float("-inf")))
-            b.store(_greater(b, score, b.load(top)), top)
-    maxima = [_reduce(b, b.load(top), _greater) for top in tops]
+            b.store(greater(b, score, b.load(top)), top)
+    maxima = [_reduce(b, b.load(top), greater) for top in tops]
     afters = [splat(b, maximum) for maximum in maxima]
     sums = [cgutils.alloca_once_value(b, vf(0.0)) for _ in own]
     with cgutils.for_range(b, vectors) as loop:
         places = [at(b, start, loop.index, 4 * LANES) for start in starts]
         scores = [load(b, place, VF) for place in places]
         for place, score, seen, after, sum_ in zip(places, scores, inside(loop.index), afters, sums, strict=True):
-            weight = b.select(seen, _exp(b, b.fsub(score, after)), vf(0.0))
+            weight = b.select(seen, exp_negative(b, b.fsub(score, after)), vf(0.0))
             store(b, weight, place)
             b.store(b.fadd(b.load(sum_), weight), sum_)
     factors = [
-        b.extract_element(_exp(b, b.fsub(old, new)), ir.Constant(I32, 0))
+        b.extract_element(exp_negative(b, b.fsub(old, new)), ir.Constant(I32, 0))
         for old, new in zip(before, afters, strict=True)
     ]
     kept = [b.fmul(factor, load(b, place, F32)) for factor, place in zip(factors, totals, strict=True)]
@@ -422,7 +402,7 @@ def softcap(typing, row, vectors, cap):  # type: ignore[no-untyped-def]
         with cgutils.for_range(b, vectors) as loop:
             place = at(b, row, loop.index, 4 * LANES)
             ratio = b.fdiv(load(b, place, VF), caps)
-            decay = _exp(b, b.fmul(call(b, "fabs", ratio), vf(-2.0)))
+            decay = exp_negative(b, b.fmul(call(b, "fabs", ratio), vf(-2.0)))
             tanh = b.fdiv(b.fsub(vf(1.0), decay), b.fadd(vf(1.0), decay))
             store(b, b.fmul(caps, call(b, "copysign", tanh, ratio)), place)
         return context.get_dummy_value()
