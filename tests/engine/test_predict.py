@@ -173,3 +173,15 @@ def test_a_job_of_few_passes_gets_the_plan_that_its_simulation_is_fastest_with()
         fixed = replace(engine, plan=PlanOverrides(pass_tokens=pass_tokens))
         other = choose_plan(SHAPE, MACHINE, fixed, workload=workload)
         assert seconds <= 1.02 * predict(footprint(other), other, RATES, workload).seconds
+
+
+def test_weights_that_could_stay_move_only_for_a_clear_gain():
+    """Streaming plans have larger passes, and this disk costs nothing: by prediction alone they would win, barely."""
+    free = replace(RATES, disk_bytes_per_s={1: 1e12}, place_bytes_per_s=1e12)
+    workload = Workload.of(4000, (64,), (32,))
+
+    def best(rates: Rates) -> Plan:
+        return choose_plan(SHAPE, replace(MACHINE, rates=rates), Engine(), workload=workload)
+
+    assert best(free).streamed_groups == 0
+    assert best(replace(free, layer_s=1.0)).streamed_groups > 0  # passes of four times the size save three quarters

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moegen.errors import SpecError
-from moegen.ops.host_memory import host_zeros
+from moegen.ops.host_memory import host_zeros, make_present
 from moegen.ops.hosted_attention import HostedAttention
 from moegen.ops.kv_pages import CodedPages, LatentPages, LayerPages
 from moegen.schedule.pages import LayerGroup, layer_groups
@@ -70,6 +70,11 @@ class KVPool:
                 if place not in tables:
                     tables[place] = _layer(shapes[names[layer]], pages, page_tokens, dtype, device)
                 self.layers[names[layer]], self.group_of[names[layer]] = tables[place], number
+
+    def make_present(self, pages: int, threads: int) -> None:
+        """The memory of the first pages of every layer, where it is the host's: the ledger gives those first."""
+        tables = [table[:pages] for layer in self.layers.values() for table in layer.tables]
+        make_present([table for table in tables if table.device.type == "cpu"], threads)
 
 
 def _layer(shape: KVShape, pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> LayerPages:

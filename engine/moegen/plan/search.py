@@ -30,6 +30,7 @@ _SHARE_OF_FREE = 0.8  # of what is free, unless the job names a budget
 _ONE_THREAD_FLOPS = 1e8  # about a millisecond of one core
 _BUSY_ROWS = 512  # rows per expert from which a GEMM runs near its peak rate
 _MIN_PASS_TOKENS = 2048
+_MOVING_TRUST = 0.9
 _PASS_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _LEVEL_TOKENS = (32, 64, 128, 192, *_PASS_TOKENS)
 _EFFICIENT = 0.95  # of the speed of the largest pass
@@ -118,20 +119,28 @@ class _Search:
         """Jobs of this kind per second; of equally fast plans, the one that reads and takes less."""
         load, passes = self.workload.phases(plan)
         seconds = CostModel(self.footprint, plan, self.rates).time(load).seconds
-        return 1 / float(seconds @ passes), -plan.disk_groups, -plan.host.used
+        return self._trust(plan) / float(seconds @ passes), -plan.disk_groups, -plan.host.used
 
     def best(self, plans: list[Plan]) -> Plan:
         """By worth; where the job is short enough to be simulated, the fastest of those that come first."""
         first = sorted(plans, key=self.worth, reverse=True)
         simulated = self.workload.rows * self.workload.mean_answer <= _SIMULATED_TOKENS
         levelled = [
-            replace(plan, level_tokens=self.engine.plan.level_tokens or self.level_tokens(plan))
+            replace(
+                plan,
+                level_tokens=self.engine.plan.level_tokens or self.level_tokens(plan),
+                ready_pages=self.workload.steady_pages(plan),
+            )
             for plan in first[: _SIMULATED_PLANS if simulated else 1]
         ]
         return min(levelled, key=self._simulated_seconds) if simulated else levelled[0]
 
     def _simulated_seconds(self, plan: Plan) -> float:
-        return predict(self.footprint, plan, self.rates, self.workload).seconds
+        return predict(self.footprint, plan, self.rates, self.workload).seconds / self._trust(plan)
+
+    def _trust(self, plan: Plan) -> float:
+        """Disks and links are shared: weights that could stay move only for a clear gain."""
+        return _MOVING_TRUST if plan.streamed_groups else 1.0
 
     def level_tokens(self, plan: Plan) -> int:
         """The smallest pass whose tokens cost hardly more time each than those of the largest."""

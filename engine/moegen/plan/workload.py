@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,11 +56,20 @@ class Workload:
 
     def _paged(self, plan: Plan) -> float:
         """Sequences that there are pages and state slots for."""
-        own = max(self.mean_context - plan.prefix_tokens, 1.0)
         room = plan.kv_pages * plan.page_tokens - plan.prefix_tokens * len(plan.kv_windows)
-        slack = 1.5 * plan.page_tokens  # one page is reserved
-        paged = max(room / sum(min(own, window or own) + slack for window in plan.kv_windows), 1.0)
+        paged = max(room / self._paged_tokens(plan), 1.0)
         return min(paged, plan.state_slots or paged)
+
+    def _paged_tokens(self, plan: Plan) -> float:
+        """Of the mean sequence, in whole pages, of all groups of layers."""
+        own = max(self.mean_context - plan.prefix_tokens, 1.0)
+        slack = 1.5 * plan.page_tokens  # one page is reserved
+        return sum(min(own, window or own) + slack for window in plan.kv_windows)
+
+    def steady_pages(self, plan: Plan) -> int:
+        """That are in use at once in the steady state."""
+        tokens = self.concurrency(plan) * self._paged_tokens(plan) + plan.prefix_tokens * len(plan.kv_windows)
+        return min(math.ceil(tokens / plan.page_tokens), plan.kv_pages)
 
     def steady_pass(self, plan: Plan) -> Load:
         """The mean pass of the steady state, every field `[1]`."""

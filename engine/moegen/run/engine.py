@@ -69,6 +69,7 @@ class Engine:
         self._borrowed = borrowed or ExitStack()
         self._attention = MicroBatch(plan.attention_tokens, "attention")
         self.pool = _pool(host, plan, link or Link(host.device))
+        self.pool.make_present(plan.ready_pages, plan.threads)
         self.states = _states(host, plan)
 
     @classmethod
