@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moegen.cli import main
@@ -77,3 +78,18 @@ def test_a_measurement_that_fails_says_what_and_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine_rates, "disk_bytes_per_s", refused)
     with pytest.raises(StorageError, match=r"direct reads of /models: /models/a: cannot be read at byte 5"):
         probe("cpu", "/models")
+
+
+def test_rounds_go_over_everything_before_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what disturbs the machine for a while disturbs one measurement of each."""
+    monkeypatch.setattr(engine_rates, "_ROUNDS", 3)
+    found = {"a": iter([1.0, 90.0, 3.0]), "b": iter([[4.0, 1.0], [5.0, 70.0], [6.0, 2.0]])}
+    order: list[str] = []
+
+    def timed(name: str) -> Any:
+        order.append(name)
+        return next(found[name])
+
+    timings = {"one": {1: lambda: timed("a")}, "passes": lambda: timed("b")}
+    assert engine_rates.usual(timings) == {"one": {1: 3.0}, "passes": [5.0, 2.0]}
+    assert order == ["a", "b"] * 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,26 +49,44 @@ _EXPERTS = ({"hidden_size": 1024, "moe_intermediate_size": 384, "num_experts": 6
 _PAGE_TOKENS, _HEAD_DIM, _KV_HEADS = 32, 128, 4
 _LATENT, _LATENT_HEADS = KVShape(1, 512 + 64, 512, latent=True), 128
 _VOCAB_SIZE = 16_384
+_PASSES = (Workload(8, ((16, 10),)), Workload(128, ((16, 8),)), Workload(256, ((24, 5),)), Workload(4, ((512, 4),)))
 _SAMPLED = Sampling(max_tokens=1 << 20)
 
 
-@torch.inference_mode()
-def linear_flops_per_s(
-    device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool
-) -> dict[int, dict[int, float]]:
-    """Dense linear layers: `{elements of the weight: {rows: FLOP/s}}`."""
+Timings = dict[Any, Any]
+"""What is to be timed: functions of nothing that return a number, or one for each of some passes, by any keys."""
 
-    def curve(side: int) -> dict[int, float]:
-        return _usual_curve(
-            _LINEAR_ROWS, _linear_rate(_linears(device, stored, compute, rounded, side), device, compute)
-        )
+
+def usual(timings: Timings) -> Timings:
+    """What the functions return, by the same keys: the median of `_ROUNDS` rounds.
+
+    A round goes over all of them before the next one begins: a machine that others share, and that is slow for some
+    seconds, is so in one round and not in all that is known of one of them.
+    """
+    rounds = [_timed(timings) for _ in range(_ROUNDS)]
+    medians: Timings = _medians(rounds)
+    return medians
+
+
+def _timed(timings: Any) -> Any:
+    return {key: _timed(value) for key, value in timings.items()} if isinstance(timings, dict) else timings()
+
+
+def _medians(rounds: list[Any]) -> Any:
+    if isinstance(rounds[0], dict):
+        return {key: _medians([found[key] for found in rounds]) for key in rounds[0]}
+    return np.median(rounds, axis=0).tolist()
+
+
+@torch.inference_mode()
+def linear_flops_per_s(device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool) -> Timings:
+    """Of dense linear layers: `{elements of the weight: {rows: FLOP/s}}`."""
+
+    def curve(side: int) -> Timings:
+        linears = _linears(device, stored, compute, rounded, side)
+        return {rows: partial(_linear_rate, linears, rows, device, compute) for rows in _LINEAR_ROWS}
 
     return {side * side: curve(side) for side in _LINEAR_SIDES}
-
-
-def _usual_curve(sizes: tuple[int, ...], rate: Callable[[int], float]) -> dict[int, float]:
-    rounds = [{size: rate(size) for size in sizes} for _ in range(_ROUNDS)]
-    return {size: statistics.median(found[size] for found in rounds) for size in sizes}
 
 
 def _linears(device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool, side: int) -> list[Any]:
@@ -82,27 +100,24 @@ def _linears(device: torch.device, stored: torch.dtype, compute: torch.dtype, ro
     return linears
 
 
-def _linear_rate(linears: list[Any], device: torch.device, compute: torch.dtype) -> Callable[[int], float]:
+@torch.inference_mode()
+def _linear_rate(linears: list[Any], rows: int, device: torch.device, compute: torch.dtype) -> float:
     side = linears[0].in_features
+    x_TI = torch.ones(rows, side, device=device, dtype=compute)
+    flops = 2 * rows * side * side
+    swept = linears[: max(int(_FLOPS / flops), 2)]  # weights that many rows reuse need not leave the cache
 
-    def rate(rows: int) -> float:
-        x_TI = torch.ones(rows, side, device=device, dtype=compute)
-        flops = 2 * rows * side * side
-        swept = linears[: max(int(_FLOPS / flops), 2)]  # weights that many rows reuse need not leave the cache
+    def sweep() -> None:
+        for linear in swept:
+            linear(x_TI)
 
-        def sweep() -> None:
-            for linear in swept:
-                linear(x_TI)
-
-        return flops * len(swept) / usual_seconds(sweep, device)
-
-    return rate
+    return flops * len(swept) / usual_seconds(sweep, device)
 
 
 def expert_flops_per_s(
     device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool, sizes: int
-) -> dict[int, dict[int, float]]:
-    """The expert stage under random routing: `{elements of an expert: {mean rows per expert: FLOP/s}}`.
+) -> Timings:
+    """Of the expert stage under random routing: `{elements of an expert: {mean rows per expert: FLOP/s}}`.
 
     `sizes` of experts are measured, the usual one first.
     """
@@ -111,25 +126,22 @@ def expert_flops_per_s(
         host, _ = _model(device, stored, compute, rounded, num_hidden_layers=1, vocab_size=256, **geometry)
         (module,) = filter(is_experts, host.model.modules())
         elements = 3 * geometry["hidden_size"] * geometry["moe_intermediate_size"]
-        surface[elements] = _usual_curve(
-            _EXPERT_ROWS[:: 2 if number else 1], _stage_rate(module, elements, device, compute)
-        )
+        surface[elements] = {
+            rows: partial(_stage_rate, module, elements, rows, device, compute)
+            for rows in _EXPERT_ROWS[:: 2 if number else 1]
+        }
     return surface
 
 
-def _stage_rate(module: Any, elements: int, device: torch.device, compute: torch.dtype) -> Callable[[int], float]:
+@torch.inference_mode()
+def _stage_rate(module: Any, elements: int, rows: int, device: torch.device, compute: torch.dtype) -> float:
     top_k = 4
-
-    @torch.inference_mode()
-    def rate(rows: int) -> float:
-        tokens = max(rows * module.num_experts // top_k, 1)
-        hidden_TD = torch.randn(tokens, module.hidden_dim, device=device, dtype=compute)
-        ids_TK = torch.rand(tokens, module.num_experts, device=device).topk(top_k).indices
-        weights_TK = torch.full((tokens, top_k), 1 / top_k, device=device, dtype=compute)
-        seconds = usual_seconds(lambda: module(hidden_TD, ids_TK, weights_TK), device)
-        return 2 * tokens * top_k * elements / seconds
-
-    return rate
+    tokens = max(rows * module.num_experts // top_k, 1)
+    hidden_TD = torch.randn(tokens, module.hidden_dim, device=device, dtype=compute)
+    ids_TK = torch.rand(tokens, module.num_experts, device=device).topk(top_k).indices
+    weights_TK = torch.full((tokens, top_k), 1 / top_k, device=device, dtype=compute)
+    seconds = usual_seconds(lambda: module(hidden_TD, ids_TK, weights_TK), device)
+    return 2 * tokens * top_k * elements / seconds
 
 
 @torch.inference_mode()
@@ -260,25 +272,38 @@ def _decode_pass_seconds(machine: Machine, stored: torch.dtype, compute: torch.d
     return float(np.quantile([report.seconds for report in reports[4:]], 0.25))
 
 
-def rest_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype, rates: Rates) -> dict[str, Any]:
-    """Of every layer, of every sequence in a pass and of every hidden element of a token in a layer: what real passes
-    take beyond what `rates` explain."""
-    host, shape = _model(torch.device(machine.device), stored, compute, machine.dots_bf16, num_hidden_layers=2,
-                         vocab_size=_VOCAB_SIZE, **_EXPERTS[0])  # fmt: skip
-    plan = _plan(machine, stored, compute)
-    footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
-    model = CostModel(footprint, plan, replace(rates, element_s=0.0, sequence_s=0.0))
-    rest, causes = [], []
-    for workload in (Workload(8, ((16, 10),)), Workload(128, ((16, 8),)), Workload(256, ((24, 5),)),
-                     Workload(4, ((512, 4),))):  # fmt: skip
-        rounds = [[report.seconds for report in _run(host, plan, workload)] for _ in range(1 + _ROUNDS)]
-        measured = np.median(rounds[1:], axis=0)  # in the first, memory is new
-        load = simulate(plan, workload).load
-        rest.append((measured - model.time(load).seconds) / measured)
-        layers = np.full_like(measured, shape.layers)
-        causes.append(np.stack([layers, load.sequences, load.tokens * shape.layers * shape.hidden_size]) / measured)
-    layer, sequence, element = _not_negative(np.concatenate(causes, axis=1).T, np.concatenate(rest))
-    return {"layer_s": (rates.layer_s or 0) + layer, "sequence_s": sequence, "element_s": element}
+class SmallPasses:
+    """Passes of a small model, few and many tokens in each: what they take, and how much of it no rate explains."""
+
+    def __init__(self, machine: Machine, stored: torch.dtype, compute: torch.dtype) -> None:
+        self._host, self._shape = _model(torch.device(machine.device), stored, compute, machine.dots_bf16,
+                                         num_hidden_layers=2, vocab_size=_VOCAB_SIZE, **_EXPERTS[0])  # fmt: skip
+        self._plan = _plan(machine, stored, compute)
+        for workload in _PASSES:
+            self._seconds(workload)  # what memory they need is new to them, once
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds of each pass, by the workload that makes them."""
+        return {workload: partial(self._seconds, workload) for workload in _PASSES}
+
+    def _seconds(self, workload: Workload) -> list[float]:
+        return [report.seconds for report in _run(self._host, self._plan, workload)]
+
+    def rest(self, measured: Timings, rates: Rates) -> dict[str, Any]:
+        """Of every layer, of every sequence in a pass and of every hidden element of a token in a layer: what passes
+        took beyond what `rates` explain."""
+        plan, shape = self._plan, self._shape
+        footprint = Footprint(shape, plan.compute_dtype, plan.expert_dtype, plan.kv_dtype)
+        model = CostModel(footprint, plan, replace(rates, element_s=0.0, sequence_s=0.0))
+        rest, causes = [], []
+        for workload, found in measured.items():
+            seconds, load = np.array(found), simulate(plan, workload).load
+            rest.append((seconds - model.time(load).seconds) / seconds)
+            layers = np.full_like(seconds, shape.layers)
+            causes.append(np.stack([layers, load.sequences, load.tokens * shape.layers * shape.hidden_size]) / seconds)
+        layer, sequence, element = _not_negative(np.concatenate(causes, axis=1).T, np.concatenate(rest))
+        return {"layer_s": (rates.layer_s or 0) + layer, "sequence_s": sequence, "element_s": element}
 
 
 def _not_negative(causes: np.ndarray, rest: np.ndarray) -> list[float]:

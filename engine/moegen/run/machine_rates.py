@@ -72,11 +72,11 @@ def gather_bytes_per_s(device: torch.device) -> float:
     return len(ids_N) * _PAGE_BYTES / usual_seconds(lambda: link.rows_to_device((table,), ids_N), device)
 
 
-def place_bytes_per_s(dtype: torch.dtype) -> float:
-    """What one thread packs of an expert's stored rows into the form in which a CPU multiplies them."""
+def place_bytes_per_s(dtype: torch.dtype, rounded: bool) -> float:
+    """What one thread packs of an expert's stored rows into the form in which a CPU multiplies them: `PanelMatrix`."""
     experts, rows, columns = _PLACED
     stored = torch.zeros(rows, columns, dtype=dtype)
-    matrix = expert_matrix(experts, rows, columns, dtype, torch.float32, torch.device("cpu"))
+    matrix = expert_matrix(experts, rows, columns, dtype, torch.float32, torch.device("cpu"), rounded)
 
     def place() -> None:
         for expert in range(experts):

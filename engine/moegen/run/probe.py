@@ -41,10 +41,8 @@ def probe(device: str = "auto", model_uri: str | None = None) -> Machine:
     with _measuring("the fixed time of a pass, in a tiny model"):
         rates = replace(rates, **engine_rates.fixed_seconds(machine, _STORED, compute))
     rates = replace(rates, runtime_bytes=_resident_bytes())  # all is imported and compiled, nothing large is held yet
-    rates = replace(_host_rates(rates, model_uri), **_device_rates(machine, where, compute))
-    with _measuring("passes of a small model"):
-        rates = replace(rates, **engine_rates.rest_seconds(machine, _STORED, compute, rates))
-    return replace(machine, rates=rates)
+    rates = replace(_host_rates(rates, machine, model_uri), **_device_rates(machine, where, compute))
+    return replace(machine, rates=_pass_rates(rates, machine, where, compute))
 
 
 def _compute_dtype(machine: Machine) -> torch.dtype:
@@ -52,13 +50,13 @@ def _compute_dtype(machine: Machine) -> torch.dtype:
     return torch.bfloat16 if machine.native_bf16 and not machine.dots_bf16 else torch.float32
 
 
-def _host_rates(rates: Rates, model_uri: str | None) -> Rates:
+def _host_rates(rates: Rates, machine: Machine, model_uri: str | None) -> Rates:
     with _measuring("reads of host memory"):
         rates = replace(rates, dram_read_bytes_per_s=machine_rates.dram_read_bytes_per_s())
     with _measuring(f"direct reads of {model_uri or 'a temporary file'}"):
         rates = replace(rates, disk_bytes_per_s=machine_rates.disk_bytes_per_s(model_uri, _READER_THREADS))
     with _measuring("the placing of expert weights"):
-        rates = replace(rates, place_bytes_per_s=machine_rates.place_bytes_per_s(_STORED))
+        rates = replace(rates, place_bytes_per_s=machine_rates.place_bytes_per_s(_STORED, machine.dots_bf16))
     with _measuring("decode attention on the host"):
         rates = replace(rates, decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED))
     with _measuring("decode attention over latents on the host"):
@@ -67,17 +65,6 @@ def _host_rates(rates: Rates, model_uri: str | None) -> Rates:
 
 def _device_rates(machine: Machine, where: torch.device, compute: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with _measuring(f"dense linear layers on {where}"):
-        products = {_name(_STORED): True, _name(compute): False} if machine.dots_bf16 else {_name(compute): False}
-        found["linear_flops_per_s"] = {
-            name: engine_rates.linear_flops_per_s(where, _STORED, compute, rounded)
-            for name, rounded in products.items()
-        }
-    with _measuring(f"the expert stage on {where}"):
-        found["expert_flops_per_s"] = {
-            _name(stored): engine_rates.expert_flops_per_s(where, stored, compute, machine.dots_bf16, sizes)
-            for stored, sizes in _EXPERT_SIZES.items()
-        }
     with _measuring(f"attention of prompts on {where}"):
         found["prefill_flops_per_s"] = engine_rates.prefill_flops_per_s(where, _STORED, compute)
     with _measuring(f"sampling on {where}"):
@@ -90,6 +77,27 @@ def _device_rates(machine: Machine, where: torch.device, compute: torch.dtype) -
         with _measuring(f"the gathering of KV pages for {where}"):
             found["gather_bytes_per_s"] = machine_rates.gather_bytes_per_s(where)
     return found
+
+
+def _pass_rates(rates: Rates, machine: Machine, where: torch.device, compute: torch.dtype) -> Rates:
+    """What most of a pass's time goes into, measured side by side."""
+    products = {_name(_STORED): True, _name(compute): False} if machine.dots_bf16 else {_name(compute): False}
+    with _measuring(f"dense layers, the expert stage and passes of a small model on {where}"):
+        passes = engine_rates.SmallPasses(machine, _STORED, compute)
+        linears = {
+            name: engine_rates.linear_flops_per_s(where, _STORED, compute, rounded)
+            for name, rounded in products.items()
+        }
+        experts = {
+            _name(stored): engine_rates.expert_flops_per_s(where, stored, compute, machine.dots_bf16, sizes)
+            for stored, sizes in _EXPERT_SIZES.items()
+        }
+        found = engine_rates.usual(
+            {"linear_flops_per_s": linears, "expert_flops_per_s": experts, "passes": passes.timings}
+        )
+        measured = found.pop("passes")
+        rates = replace(rates, **found)
+        return replace(rates, **passes.rest(measured, rates))
 
 
 @contextmanager
