@@ -34,6 +34,7 @@ def shrink() -> None:
     engine_rates._EXPERT_ROWS, engine_rates._LINEAR_ROWS, engine_rates._LINEAR_SIDES = (1, 4, 16), (1, 16), (64, 128)
     machine_rates._BLOCK_BYTES, machine_rates._READ_BYTES, machine_rates._GATHERED_BYTES = 1 << 20, 1 << 16, 1 << 18
     machine_rates._DISK_BYTES = machine_rates._TEMPORARY_BYTES = 1 << 18
+    machine_rates._DISK_SECONDS = 0.0
     machine_rates._PLACED = (2, 64, 64)
 
 

@@ -17,7 +17,8 @@ from moegen.run.timing import usual_seconds
 
 _BLOCK_BYTES = 256 << 20
 _READ_BYTES = 8 << 20
-_DISK_BYTES = 256 << 20  # read at each number of threads
+_DISK_BYTES = 256 << 20  # of a file, read again and again for so long, at each number of threads
+_DISK_SECONDS = 1.5
 _TEMPORARY_BYTES = 256 << 20
 _PAGE_BYTES, _GATHERED_BYTES = 64 << 10, 64 << 20  # of one page in one layer, and of many pages
 _PLACED = (4, 1024, 1024)  # experts, output features, input features
@@ -105,15 +106,19 @@ def _largest_file(model_uri: str) -> Path | None:
 
 
 def _read_rate(path: Path, threads: int) -> float:
+    """Over and over, for a while: a shared disk gives more at first than it goes on giving."""
     size = path.stat().st_size
     starts = list(range(0, min(size, _DISK_BYTES) - _READ_BYTES + 1, _READ_BYTES))
     with DirectFile(path) as file, ThreadPoolExecutor(threads) as pool:
         buffers = [ReadBuffer(_READ_BYTES) for _ in range(threads)]
-
-        def read(number: int) -> None:
-            for start in starts[number::threads]:
-                file.read(start, _READ_BYTES, buffers[number])
-
         started = time.perf_counter()
-        list(pool.map(read, range(threads)))
-        return len(starts) * _READ_BYTES / (time.perf_counter() - started)
+
+        def read(number: int) -> int:
+            blocks, own = 0, starts[number::threads] or starts
+            while not blocks or time.perf_counter() - started < _DISK_SECONDS:
+                file.read(own[blocks % len(own)], _READ_BYTES, buffers[number])
+                blocks += 1
+            return blocks
+
+        blocks = sum(pool.map(read, range(threads)))
+        return blocks * _READ_BYTES / (time.perf_counter() - started)
