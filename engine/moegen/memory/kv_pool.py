@@ -73,7 +73,8 @@ class KVPool:
 
     def make_present(self, pages: int, threads: int) -> None:
         """The memory of the first pages of every layer, where it is the host's: the ledger gives those first."""
-        tables = [table[:pages] for layer in self.layers.values() for table in layer.tables]
+        shared = {id(layer): layer for layer in self.layers.values()}
+        tables = [table[:pages] for layer in shared.values() for table in layer.tables]
         make_present([table for table in tables if table.device.type == "cpu"], threads)
 
 

@@ -56,8 +56,14 @@ class LayerPages:
 
     def put(self, kept: Sequence[torch.Tensor], batch: AttentionBatch) -> None:
         """What is kept of each token into its page, in one scatter per table."""
+        if self.keys_PGCD.device.type == "cpu":
+            for table, new in zip(self.tables, kept, strict=True):
+                scatter_tokens(table, batch.write_pages, batch.write_slots, new.to(table.device))
+            return
+        pages = torch.from_numpy(batch.write_pages).to(self.keys_PGCD.device)
+        slots = torch.from_numpy(batch.write_slots).to(self.keys_PGCD.device)
         for table, new in zip(self.tables, kept, strict=True):
-            _scatter(table, batch.write_pages, batch.write_slots, new.to(table.device))
+            table[pages, :, slots] = new.to(table.device)
 
     def rows(self, ids_N: Ints) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole pages, `[N, G, C, D]` each."""
@@ -119,15 +125,6 @@ class CodedPages(LayerPages):
     def pair(self, kept: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         key_codes, value_codes, key_scales, value_scales = kept
         return key_codes * key_scales[..., None], value_codes * value_scales[..., None]
-
-
-def _scatter(table_PGC: torch.Tensor, pages_T: Ints, slots_T: Ints, new_TG: torch.Tensor) -> None:
-    """`table[pages[t], :, slots[t]] = new[t]`, wherever both are."""
-    if table_PGC.device.type == "cpu":
-        scatter_tokens(table_PGC, pages_T, slots_T, new_TG)
-    else:
-        pages, slots = (torch.from_numpy(ids_T).to(table_PGC.device) for ids_T in (pages_T, slots_T))
-        table_PGC[pages, :, slots] = new_TG
 
 
 def _coded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

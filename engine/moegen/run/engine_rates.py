@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -230,10 +229,8 @@ def logit_seconds(device: torch.device) -> float:
 def fixed_seconds(machine: Machine, stored: torch.dtype, compute: torch.dtype) -> dict[str, Any]:
     """Of a pass, of each layer and of each further group of its experts, whatever is in them: one sequence decoding in
     models of almost no arithmetic."""
-    few, many = (
-        statistics.median(_decode_pass_seconds(machine, stored, compute, layers) for _ in range(_ROUNDS))
-        for layers in (2, 10)
-    )
+    sizes = {layers: partial(_decode_pass_seconds, machine, stored, compute, layers) for layers in (2, 10)}
+    few, many = usual(sizes).values()
     layer = max((many - few) / 8, 0.0)
     group = _group_seconds(machine, stored, compute)
     return {"layer_s": layer, "pass_s": max(few - 2 * layer, 0.0), "group_s": group}
