@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import replace
 
@@ -173,6 +174,29 @@ def test_a_job_of_few_passes_gets_the_plan_that_its_simulation_is_fastest_with()
         fixed = replace(engine, plan=PlanOverrides(pass_tokens=pass_tokens))
         other = choose_plan(SHAPE, MACHINE, fixed, workload=workload)
         assert seconds <= 1.02 * predict(footprint(other), other, RATES, workload).seconds
+
+
+@pytest.mark.parametrize("busy_rate", [160e9, 600e9])  # at 16 rows per expert: larger passes gain something, or not
+def test_a_short_job_is_levelled_at_the_smallest_size_that_costs_hardly_anything(busy_rate):
+    dice = random.Random(0)
+    lengths = tuple((dice.randint(20, 180), dice.randint(8, 128)) for _ in range(256))
+    workload = Workload(len(lengths), lengths)
+    rates = replace(RATES, expert_flops_per_s={"bfloat16": {1 << 20: {1: 10e9, 16: busy_rate, 128: 700e9}}})
+    plan = choose_plan(SHAPE, replace(MACHINE, rates=rates), Engine(host_memory="6GiB"), workload=workload)
+    passes = {}
+
+    def seconds(level_tokens: int) -> float:
+        levelled = replace(plan, level_tokens=level_tokens)
+        passes[level_tokens] = simulate(levelled, workload).load.tokens
+        return predict(footprint(plan), levelled, rates, workload).seconds
+
+    sizes = [2**n for n in range(5, 13) if 2**n <= plan.pass_tokens]
+    fastest = min(seconds(size) for size in sizes)
+    assert seconds(plan.level_tokens) <= 1.02 * fastest
+    assert all(seconds(size) > 1.02 * fastest for size in sizes if size < plan.level_tokens)
+    if busy_rate == 600e9:
+        last = len(passes[32]) // 20
+        assert passes[plan.level_tokens][-last:].mean() > 3 * passes[plan.pass_tokens][-last:].mean()
 
 
 def test_weights_that_could_stay_move_only_for_a_clear_gain():

@@ -34,6 +34,7 @@ _MOVING_TRUST = 0.9
 _PASS_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _LEVEL_TOKENS = (32, 64, 128, 192, *_PASS_TOKENS)
 _EFFICIENT = 0.95  # of the speed of the largest pass
+_AS_FAST = 1.02  # beside the fastest
 _ATTENTION_TOKENS, _EXPERT_TOKENS, _PAGE_TOKENS = 2048, 8192, 32
 _CHUNK_BYTES, _MIN_EXPERT_TOKENS = 24 << 20, 512
 _SLOTS = (2, 3, 4, 6, 8)
@@ -125,15 +126,23 @@ class _Search:
         """By worth; where the job is short enough to be simulated, the fastest of those that come first."""
         first = sorted(plans, key=self.worth, reverse=True)
         simulated = self.workload.rows * self.workload.mean_answer <= _SIMULATED_TOKENS
+        fixed = self.engine.plan.level_tokens
         levelled = [
-            replace(
-                plan,
-                level_tokens=self.engine.plan.level_tokens or self.level_tokens(plan),
-                ready_pages=self.workload.steady_pages(plan),
-            )
+            replace(plan, level_tokens=fixed or self.level_tokens(plan), ready_pages=self.workload.steady_pages(plan))
             for plan in first[: _SIMULATED_PLANS if simulated else 1]
         ]
-        return min(levelled, key=self._simulated_seconds) if simulated else levelled[0]
+        if not simulated:
+            return levelled[0]
+        fastest = min(levelled, key=self._simulated_seconds)
+        return fastest if fixed else self._best_level(fastest)
+
+    def _best_level(self, plan: Plan) -> Plan:
+        """With the smallest `level_tokens` of those that make the whole job about as fast as any: its last passes are
+        as full as those before, so that it ends when its rate says."""
+        sizes = [size for size in _LEVEL_TOKENS if size < plan.pass_tokens] + [plan.pass_tokens]
+        plans = [replace(plan, level_tokens=size) for size in sizes]
+        seconds = [self._simulated_seconds(plan) for plan in plans]
+        return next(plan for plan, took in zip(plans, seconds, strict=True) if took <= _AS_FAST * min(seconds))
 
     def _simulated_seconds(self, plan: Plan) -> float:
         return predict(self.footprint, plan, self.rates, self.workload).seconds / self._trust(plan)
