@@ -79,7 +79,7 @@ class Machine:
     device: str
     device_name: str
     cores: int
-    host_memory_bytes: int  # free for us now, within any cgroup limit
+    host_memory_bytes: int  # free for us now or ours already, within any cgroup limit
     device_memory_bytes: int  # free on the device; 0 for "cpu"
     native_bf16: bool  # whether the device multiplies bfloat16 in hardware
     dots_bf16: bool = False  # and our own kernel does so on it; a CPU's matrix units (AMX) are left to torch
@@ -137,7 +137,7 @@ def _cpu() -> Machine:
         device="cpu",
         device_name=info.get("model name") or platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        host_memory_bytes=host_memory_bytes(),
+        host_memory_bytes=host_memory_bytes() + own_memory_bytes(),
         device_memory_bytes=0,
         native_bf16=not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags),
         dots_bf16="avx512_bf16" in flags and "amx_bf16" not in flags,
@@ -184,6 +184,15 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([free, *_cgroup_room(root)])
+
+
+def own_memory_bytes(root: Path = Path("/")) -> int:
+    """What this process has taken and no file backs: a budget is for all of it. 0 where nothing says."""
+    try:
+        lines = (root / "proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def _cgroup_room(root: Path) -> Iterable[int]:

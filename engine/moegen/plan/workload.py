@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from moegen.plan.cost import Load
 from moegen.plan.curve import Floats
 from moegen.plan.plan import Plan
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,18 @@ class Workload:
     def _paged_tokens(self, plan: Plan) -> float:
         """Of the mean sequence, in whole pages, of all groups of layers."""
         own = max(self.mean_context - plan.prefix_tokens, 1.0)
-        slack = 1.5 * plan.page_tokens  # one page is reserved
+        slack = max(self._held_pages(plan) * plan.page_tokens - own, 0.0)
         return sum(min(own, window or own) + slack for window in plan.kv_windows)
+
+    def _held_pages(self, plan: Plan) -> float:
+        """Of one group that keeps all tokens, with the page that is kept free for as long as a sequence may grow."""
+        prompts, answers = np.array(self.lengths, np.int64).T
+        first = np.maximum(prompts - plan.prefix_tokens, 1)
+        end, size = first + answers, plan.page_tokens
+        most = -(-(end - 1) // size)
+        grown = np.clip((most - 1) * size, first, end)  # from here on it has all its pages
+        held = _pages_summed(grown, size) - _pages_summed(first, size) + (grown - first) + most * (end - grown)
+        return float(held.sum() / answers.sum())
 
     def steady_pages(self, plan: Plan) -> int:
         """That are in use at once in the steady state."""
@@ -126,6 +139,12 @@ class Workload:
     @cached_property
     def _mean_pairs(self) -> float:
         return float(np.mean([_pairs(prompt) for prompt, _ in self.lengths]))
+
+
+def _pages_summed(tokens: Ints, page_tokens: int) -> Ints:
+    """Pages of a sequence, summed over its life from no token to so many."""
+    whole, rest = np.divmod(tokens, page_tokens)
+    return page_tokens * whole * (whole + 1) // 2 + rest * (whole + 1)
 
 
 def _pairs(prompt_tokens: int) -> float:

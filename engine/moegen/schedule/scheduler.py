@@ -66,6 +66,7 @@ class Scheduler:
         self._level = Level(pass_tokens, pass_tokens if level_tokens is None else level_tokens)
         self._prefix = SharedPrefix(prefix, ledger)
         self._slots = SlotLedger(pass_tokens if slots is None else min(slots, pass_tokens))
+        self._growing = 0  # of those that run, the sequences that may need a page more than they have
 
     def next_step(self) -> Step | None:
         """The next pass, or None when every request has ended (rows newly refused may remain in `refused`)."""
@@ -75,6 +76,7 @@ class Scheduler:
     def next_chunks(self) -> list[Chunk]:
         """What makes the next pass, decode tokens first."""
         self._grow_running()
+        self._growing = sum(map(self._may_grow, self.running))
         if not self._waiting:
             self._draw()
         self._level.begin_pass([*self.running, *self._waiting], more=not self._exhausted)
@@ -113,6 +115,10 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         return self.ledger.grow(sequence.pages, len(sequence.tokens), sequence.computed, whole=sequence.goes_back)
 
+    def _may_grow(self, sequence: Sequence) -> bool:
+        whole = sequence.prompt_tokens + sequence.request.params.max_tokens - 1  # the last token's are never kept
+        return self.ledger.pages_for(whole) > self.ledger.pages_for(len(sequence.tokens))
+
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._prefix.leave(sequence)
@@ -126,7 +132,7 @@ class Scheduler:
     def _admit(self, taken: int) -> Sequence | None:
         """Moves the next sequence from waiting to running if the pass, with `taken` tokens in it, has room for it.
 
-        And if its pages are free, with a page of growth for each that runs.
+        And if its pages are free, with a page of growth for each that runs and may grow.
         """
         if not self._slots.free or not (self._waiting or self._draw()):
             return None
@@ -137,6 +143,7 @@ class Scheduler:
             return None
         self._prefix.enter(sequence)
         self._grow(sequence)
+        self._growing += self._may_grow(sequence)
         self._waiting.popleft()
         sequence.slot = self._slots.take()
         self.running.append(sequence)
@@ -145,7 +152,7 @@ class Scheduler:
         return sequence
 
     def _has_pages(self, sequence: Sequence) -> bool:
-        missing = self._prefix.missing_pages(sequence) + len(self.running) * self.ledger.growth
+        missing = self._prefix.missing_pages(sequence) + self._growing * self.ledger.growth
         return self.ledger.free >= missing or (
             not sequence.shared and self._prefix.drop() and self.ledger.free >= missing
         )
