@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +261,20 @@ def test_pieces_of_long_sequences_make_the_whole(page_tokens: int, dtype: torch.
     for name, rule in case.rules.items():
         torch_way = paged_attention(case.query_THD, case.pages, case.batch, rule, use_kernel=False)
         assert torch.allclose(case.kernel(rule), torch_way, atol=1e-5), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+def test_the_size_of_pages_changes_no_bit(dtype: torch.dtype) -> None:
+    """Of those that fill the kernel's blocks, where all of a sequence is seen."""
+    large = LongCase(32, dtype)
+    halves = [
+        torch.stack(table.chunk(2, dim=2), dim=1).flatten(0, 1).contiguous()  # page p's tokens in 2 p and 2 p + 1
+        for table in large.pages.tables
+    ]
+    spans = [replace(span, pages=[2 * p + h for p in span.pages for h in (0, 1)]) for span in large.batch.spans]
+    whole = large.kernel(large.rules["plain"])
+    small = paged_attention(large.query_THD, type(large.pages)(*halves), large.of(*spans), large.rules["plain"])
+    assert torch.equal(small, whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])

@@ -15,7 +15,7 @@ from moegen.plan.footprint import Footprint
 from moegen.plan.machine import Machine, Rates
 from moegen.plan.outlook import Outlook
 from moegen.plan.plan import Plan
-from moegen.plan.predict import predict, simulate
+from moegen.plan.predict import Fidelity, predict, simulate
 from moegen.plan.search import choose_plan
 from moegen.plan.workload import Workload
 from moegen.spec import Engine, PlanOverrides
@@ -97,13 +97,11 @@ def test_the_simulation_runs_every_token_through_the_scheduler():
 
 
 @pytest.mark.parametrize("lengths", [((100, 30),), ((20, 60), (400, 10), (90, 30))])
-def test_a_large_job_simulated_smaller_comes_to_the_same(lengths, monkeypatch):
+def test_a_large_job_simulated_smaller_comes_to_the_same(lengths):
     plan = replace(choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB")), kv_pages=3000, pass_tokens=1024)
     workload = Workload(4000, lengths)
     sampled = predict(footprint(plan), plan, RATES, workload)
-    monkeypatch.setattr("moegen.plan.predict._SIMULATED_SEQUENCES", 1 << 30)
-    monkeypatch.setattr("moegen.plan.predict._STEPS", 1 << 40)
-    whole = predict(footprint(plan), plan, RATES, workload)
+    whole = predict(footprint(plan), plan, RATES, workload, Fidelity(sequences=1 << 30, steps=1 << 40))
     assert whole.generated_tokens == pytest.approx(4000 * workload.mean_answer, rel=0.03)
     assert sampled.seconds == pytest.approx(whole.seconds, rel=0.05)
     assert sampled.steady_tokens_per_s == pytest.approx(whole.steady_tokens_per_s, rel=0.05)
@@ -163,6 +161,18 @@ def test_the_phases_of_a_job_are_about_what_the_scheduler_makes_of_it(rows, prom
     assert float(load.sampled @ passes) == pytest.approx(rows * answer)
     assert float(load.prefill_tokens @ passes) == pytest.approx(rows * prompt)
     assert float(passes.sum()) == pytest.approx(len(simulate(plan, workload).load.tokens), rel=0.2)
+
+
+@pytest.mark.parametrize("budget", ["1500MiB", "6GiB"])
+def test_a_long_job_gets_the_pass_size_that_its_simulation_is_fastest_with(budget):
+    """Rows that entered together end together: large passes alternate with small ones, whose mean says too little."""
+    workload, engine = Workload.of(20_000, (300,), (64,)), Engine(host_memory=budget)
+    chosen = choose_plan(SHAPE, MACHINE, engine, workload=workload)
+    seconds = predict(footprint(chosen), chosen, RATES, workload).seconds
+    for pass_tokens in (512, 1024, 2048, 4096):
+        fixed = replace(engine, plan=PlanOverrides(pass_tokens=pass_tokens))
+        other = choose_plan(SHAPE, MACHINE, fixed, workload=workload)
+        assert seconds <= 1.02 * predict(footprint(other), other, RATES, workload).seconds, pass_tokens
 
 
 def test_a_job_of_few_passes_gets_the_plan_that_its_simulation_is_fastest_with():

@@ -348,7 +348,7 @@ def _place(shape, spans, task, token, pages, row_bytes):  # type: ignore[no-unty
 @_jit
 def _together(shape):  # type: ignore[no-untyped-def]
     """Whether whole pages fill DEPTH tokens."""
-    return shape.page_tokens % BLOCK == 0 and DEPTH % shape.page_tokens == 0
+    return shape.page_tokens % LANES == 0 and DEPTH % shape.page_tokens == 0
 
 
 @_jit
@@ -443,11 +443,15 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter):  # type: ig
             folded = True
         stop = _block_end(shape, start, task.end)
         for token in range(start, stop, BLOCK):
+            half = min(token + LANES, stop - 1)  # it may begin another page
             key = _place(shape, spans, task, token, spans.keys, key_bytes)
+            half_key = _place(shape, spans, task, half, spans.keys, key_bytes)
             ahead = token if _has_values(shape) else min(token + BLOCK, task.end - 1)
-            ahead = _place(shape, spans, task, ahead, spans.values, value_bytes)
+            half_ahead = min(ahead + LANES, task.end - 1)
+            put(scratch.aheads, _place(shape, spans, task, ahead, spans.values, value_bytes))
+            put(scratch.aheads + 8, _place(shape, spans, task, half_ahead, spans.values, value_bytes))
             rows = _rows(shape, task, token, min(token + BLOCK, stop))
-            _score(kind, shape, scratch, rows, key, min(stop - token, BLOCK), token - start, ahead)
+            _score(kind, shape, scratch, rows, key, half_key, min(stop - token, BLOCK), token - start)
         rows = _rows(shape, task, start, stop)
         if shape.size == 1:
             _scale_columns(shape, scratch, spans, task, rows, start, stop, spans.key_scales)
@@ -467,6 +471,11 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter):  # type: ig
             if shape.size == 1:
                 fetch(_place(shape, spans, then, ahead, spans.key_scales, _FLOAT), panel_rows * _FLOAT)
                 fetch(_place(shape, spans, then, ahead, spans.value_scales, _FLOAT), panel_rows * _FLOAT)
+        if stop == task.end:  # the next task may begin with more pages than this one ends with
+            left = following + (stop - start + panel_rows - 1) // panel_rows * panel_rows
+            while left < _block_end(shape, following, then.end):
+                fetch(_place(shape, spans, then, left, spans.keys, key_bytes), panel_rows * key_bytes)
+                left += panel_rows
         _add_values(kind, shape, scratch, rows, stop - start, panel_rows, state.acc)
         start = stop
     if folded:
@@ -495,37 +504,41 @@ def _rows(shape, task, start, stop):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _score(kind, shape, scratch, rows, key, tokens, column, ahead):  # type: ignore[no-untyped-def]
-    """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c; prefetches as many values at `ahead`."""
-    _flip(kind, shape.key_dim, shape.size, key, tokens, scratch.flipped)
+def _score(kind, shape, scratch, rows, key, half_key, tokens, column):  # type: ignore[no-untyped-def]
+    """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c, LANES of which lie at each address.
+
+    As many values are prefetched at the first two addresses in the table `aheads`.
+    """
+    _flip(kind, shape.key_dim, shape.size, key, half_key, tokens, scratch.flipped)
     ahead_stride = BLOCK * shape.value_stride * shape.size // shape.key_dim
     for d in range(0, shape.key_dim, DEPTH):
         depth = min(DEPTH, shape.key_dim - d)
+        half = (depth + 1) // 2  # beside one half of the elements go the values of LANES tokens
         put(scratch.panels, scratch.flipped + d * BLOCK * _FLOAT)
-        put(scratch.aheads, ahead + d * ahead_stride)
+        put(scratch.panels + 8, scratch.flipped + (d + half) * BLOCK * _FLOAT)
         for r in range(rows.first * shape.repeat, rows.end * shape.repeat, rows.tile):
             product(
                 np.float32(0), kind, d == 0, min(rows.tile, rows.end * shape.repeat - r), depth,
                 scratch.own + (d // DEPTH * shape.rows + r) * X_STRIDE * _FLOAT,
-                scratch.panels, depth, 0, BLOCK, scratch.aheads, 0, ahead_stride,
+                scratch.panels, half, 0, BLOCK, scratch.aheads, d // 2 * ahead_stride, ahead_stride,
                 scratch.scores + (r * X_STRIDE + column) * _FLOAT, X_STRIDE,
             )  # fmt: skip
 
 
 @_jit
-def _flip(kind, dim, size, key, tokens, flipped):  # type: ignore[no-untyped-def]
+def _flip(kind, dim, size, key, half_key, tokens, flipped):  # type: ignore[no-untyped-def]
     """`flipped[d, c] = key[min(c, tokens - 1), d]` for BLOCK columns c (or garbage in columns >= tokens)."""
     width = LANES * _FLOAT // size  # elements of LANES words
     whole = dim - dim % width
     for half in range(2):
-        first = min(half * LANES, tokens - 1)
-        last = min(tokens - 1 - first, LANES - 1)
+        source = half_key if half else key
+        last = min(max(tokens - half * LANES, 1), LANES) - 1
         for d in range(0, whole, width):
-            source, to = key + (first * dim + d) * size, flipped + (d * BLOCK + half * LANES) * _FLOAT
-            transpose(kind, source, dim, last, to, BLOCK)
-    for d in range(whole, dim):
-        for c in range(tokens):
-            widen(kind, key + (c * dim + d) * size, flipped + (d * BLOCK + c) * _FLOAT)
+            transpose(kind, source + d * size, dim, last, flipped + (d * BLOCK + half * LANES) * _FLOAT, BLOCK)
+        for d in range(whole, dim):
+            for c in range(last + 1):
+                to = flipped + (d * BLOCK + half * LANES + c) * _FLOAT
+                widen(kind, source + (c * dim + d) * size, to)
 
 
 @_jit

@@ -24,9 +24,14 @@ from moegen.schedule.sequence import Request
 from moegen.schedule.step import Chunk
 from moegen.spec import Sampling
 
-_SIMULATED_SEQUENCES = 256  # in flight at once; more are simulated as so many
-_SIMULATED_ROWS = 6  # times the sequences in flight; beyond that the steady state goes on
-_STEPS = 200_000  # sequences times passes that are simulated at most, about
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How much of a job is simulated."""
+
+    sequences: int = 256  # in flight at once; more are simulated as so many
+    rows: int = 6  # times the sequences in flight; beyond that the steady state goes on
+    steps: int = 200_000  # sequences times passes up to which all rows are
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,12 @@ class Prediction:
         return asdict(self)
 
 
-def predict(footprint: Footprint, plan: Plan, rates: Rates, workload: Workload) -> Prediction:
+def predict(
+    footprint: Footprint, plan: Plan, rates: Rates, workload: Workload, fidelity: Fidelity | None = None
+) -> Prediction:
     """Simulates the job under `plan`. `rates` must be measured."""
-    scale = max(min(workload.concurrency(plan), workload.rows) / _SIMULATED_SEQUENCES, 1.0)
+    fidelity = fidelity or Fidelity()
+    scale = max(min(workload.concurrency(plan), workload.rows) / fidelity.sequences, 1.0)
     rows = max(round(workload.rows / scale), 1)
     shared = plan.prefix_tokens // plan.page_tokens * len(plan.kv_windows)  # one, however many rows are simulated
     small = replace(
@@ -59,8 +67,8 @@ def predict(footprint: Footprint, plan: Plan, rates: Rates, workload: Workload) 
         level_tokens=max(round(plan.level_tokens / scale), 1),
         state_slots=round(plan.state_slots / scale) or min(plan.state_slots, 1),
     )
-    most = int(_SIMULATED_ROWS * max(workload.concurrency(small), 1))
-    simulated = min(rows, max(most, int(_STEPS / workload.mean_answer)))
+    most = int(fidelity.rows * max(workload.concurrency(small), 1))
+    simulated = min(rows, max(most, int(fidelity.steps / workload.mean_answer)))
     run = simulate(small, replace(workload, rows=simulated), max(round(WINDOW_ROWS / scale), 1))
     time = CostModel(footprint, plan, rates).time(run.load.scaled(scale))
     return _summed(run, time.seconds, time.terms, scale, rows / simulated, workload)

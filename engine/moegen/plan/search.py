@@ -20,7 +20,7 @@ from moegen.plan.footprint import Footprint
 from moegen.plan.machine import Machine, Rates
 from moegen.plan.nominal import nominal_rates
 from moegen.plan.plan import MemoryUse, Plan
-from moegen.plan.predict import predict
+from moegen.plan.predict import Fidelity, predict
 from moegen.plan.workload import UNKNOWN, Workload
 from moegen.shape import DTYPE_BYTES, ModelShape
 from moegen.spec import Engine
@@ -35,7 +35,8 @@ _PASS_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 _LEVEL_TOKENS = (32, 64, 128, 192, *_PASS_TOKENS)
 _EFFICIENT = 0.95  # of the speed of the largest pass
 _AS_FAST = 1.02  # beside the fastest
-_ATTENTION_TOKENS, _EXPERT_TOKENS, _PAGE_TOKENS = 2048, 8192, 32
+_ATTENTION_TOKENS, _EXPERT_TOKENS = 2048, 8192
+_PAGE_TOKENS, _DEVICE_PAGE_TOKENS = 16, 32  # gathers want longer runs; a CPU reads pages in place
 _CHUNK_BYTES, _MIN_EXPERT_TOKENS = 24 << 20, 512
 _SLOTS = (2, 3, 4, 6, 8)
 _DEVICE_SLOTS = (2, 4)  # a copy over the link waits for no seek
@@ -43,7 +44,9 @@ _READER_THREADS, _STAGING_BYTES = 3, 8 << 20  # each reader reads into a buffer 
 _RUNTIME_BYTES = 560 << 20  # resident after a tiny model has run, where no probe measured it
 _DEVICE_RUNTIME_BYTES = 768 << 20  # the device's context and its libraries' workspaces
 _MIN_SEQUENCE_TOKENS = 256  # a pool that cannot hold even this is refused
-_SIMULATED_TOKENS, _SIMULATED_PLANS = 20_000, 8  # tokens that a job generates at most, plans that are tried on it
+_SIMULATED_PLANS = 8  # that are tried on the job's rows
+_SIMULATED_TOKENS = 20_000  # that a short job generates at most
+_ROUGH = Fidelity(sequences=32, rows=4, steps=10_000)
 _FREE_PAGES = 1 << 20  # where no layer attends, pages take no bytes: they count tokens
 _KV_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the host's room, where host groups want it too
 
@@ -123,18 +126,15 @@ class _Search:
         return self._trust(plan) / float(seconds @ passes), -plan.disk_groups, -plan.host.used
 
     def best(self, plans: list[Plan]) -> Plan:
-        """By worth; where the job is short enough to be simulated, the fastest of those that come first."""
-        first = sorted(plans, key=self.worth, reverse=True)
-        simulated = self.workload.rows * self.workload.mean_answer <= _SIMULATED_TOKENS
+        """Of those that come first by worth, the one that is fastest in a simulation: a rough one, but of a job so
+        short that it shows differently, how its passes are levelled."""
         fixed = self.engine.plan.level_tokens
         levelled = [
             replace(plan, level_tokens=fixed or self.level_tokens(plan), ready_pages=self.workload.steady_pages(plan))
-            for plan in first[: _SIMULATED_PLANS if simulated else 1]
+            for plan in sorted(plans, key=self.worth, reverse=True)[:_SIMULATED_PLANS]
         ]
-        if not simulated:
-            return levelled[0]
         fastest = min(levelled, key=self._simulated_seconds)
-        return fastest if fixed else self._best_level(fastest)
+        return self._best_level(fastest) if self._is_short and not fixed else fastest
 
     def _best_level(self, plan: Plan) -> Plan:
         """With the smallest `level_tokens` of those that make the whole job about as fast as any: its last passes are
@@ -145,7 +145,14 @@ class _Search:
         return next(plan for plan, took in zip(plans, seconds, strict=True) if took <= _AS_FAST * min(seconds))
 
     def _simulated_seconds(self, plan: Plan) -> float:
-        return predict(self.footprint, plan, self.rates, self.workload).seconds / self._trust(plan)
+        """As far as may be trusted; of a job that is not short, roughly."""
+        fidelity = Fidelity() if self._is_short else _ROUGH
+        return predict(self.footprint, plan, self.rates, self.workload, fidelity).seconds / self._trust(plan)
+
+    @property
+    def _is_short(self) -> bool:
+        """So that its beginning and its end are most of it."""
+        return self.workload.rows * self.workload.mean_answer <= _SIMULATED_TOKENS
 
     def _trust(self, plan: Plan) -> float:
         """Disks and links are shared: weights that could stay move only for a clear gain."""
@@ -231,7 +238,7 @@ class _Search:
             pass_tokens=pass_tokens,
             level_tokens=pass_tokens,
             logit_tokens=min(pass_tokens, footprint.logit_tokens),
-            page_tokens=fixed.page_tokens or _PAGE_TOKENS,
+            page_tokens=self._page_tokens,
             kv_pages=0,
             kv_home="host",
             attention_on_host=1.0,
@@ -242,12 +249,17 @@ class _Search:
             reader_threads=readers,
             host=host,
             device_memory=device,
-            prefix_tokens=self._prefix_tokens(fixed.page_tokens or _PAGE_TOKENS),
+            prefix_tokens=self._prefix_tokens(self._page_tokens),
             latent_kv=footprint.latent_kv,
             kv_windows=tuple(group.window for group in footprint.layer_groups),
             rounded=self.rounded,
             weights=footprint.shape.kept_as,
         )
+
+    @property
+    def _page_tokens(self) -> int:
+        on_cpu = self.machine.device == "cpu"
+        return self.engine.plan.page_tokens or (_PAGE_TOKENS if on_cpu else _DEVICE_PAGE_TOKENS)
 
     def _prefix_tokens(self, page_tokens: int) -> int:
         """In whole pages, as they are shared."""
