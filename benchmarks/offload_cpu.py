@@ -129,7 +129,7 @@ def main() -> None:
     probe_machine(checkpoint)
     budget = int(args.budget_gib * (1 << 30))
     rows = same_length_rows(args.rows, args.prompt_tokens, args.answer_tokens)
-    disk_rate = max(disk_bytes_per_s(str(checkpoint), _READERS).values())
+    disk_rates = [max(disk_bytes_per_s(str(checkpoint), _READERS).values())]
     gemm_rate = max(gemm_peaks().values())
     settings = {"host_memory": f"{args.budget_gib}GiB"}
     with MemoryCgroup(budget) as cgroup:
@@ -140,6 +140,7 @@ def main() -> None:
             args.turn_limit,
         )
         peak = cgroup.peak_bytes
+    disk_rates.append(max(disk_bytes_per_s(str(checkpoint), _READERS).values()))  # a shared disk's changes
     whole = attempt(Way("moegen", "resident", "moegen_engine"), checkpoint, rows, args.turn_limit)
     peers: dict[str, Any] = {}
     for batch in args.batches:
@@ -156,7 +157,7 @@ def main() -> None:
             outcome = attempt(way, checkpoint, rows[:batch], args.turn_limit)
         made = min(batch, len(rows)) * args.answer_tokens
         peers[way.name] = outcome if isinstance(outcome, str) else {"tokens_per_s": made / outcome.seconds}
-    result = summary(rows, streamed, whole, peers, disk_rate, gemm_rate, peak, budget)
+    result = summary(rows, streamed, whole, peers, max(disk_rates), gemm_rate, peak, budget)
     print(json.dumps({key: value for key, value in result.items() if key != "plan"}, indent=2))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -24,7 +24,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         engine_rates: {"_EXPERTS": (geometry, {**geometry, "moe_intermediate_size": 64}), "_CACHE_BYTES": 1 << 20,
                        "_EXPERT_ROWS": (1, 4, 16), "_LINEAR_SIDES": (64, 128), "_LINEAR_ROWS": (1, 16), "_ROUNDS": 1},
         machine_rates: {"_BLOCK_BYTES": 1 << 20, "_READ_BYTES": 1 << 16, "_DISK_BYTES": 1 << 18,
-                        "_TEMPORARY_BYTES": 1 << 18, "_DISK_SECONDS": 0.0, "_PLACED": (2, 64, 64)},
+                        "_TEMPORARY_BYTES": 1 << 18, "_DISK_SECONDS": 0.0,
+                        "_DISK_BURST_SECONDS": 0.0, "_PLACED": (2, 64, 64)},
     }  # fmt: skip
     for module, values in sizes.items():
         for name, value in values.items():

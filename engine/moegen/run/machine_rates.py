@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from moegen.memory.direct_read import DirectFile, ReadBuffer
+from moegen.memory.direct_read import DirectFiles, ReadBuffer
 from moegen.ops.expert_weights import expert_matrix
 from moegen.ops.link import Link
 from moegen.run.timing import usual_seconds
 
 _BLOCK_BYTES = 256 << 20
 _READ_BYTES = 8 << 20
-_DISK_BYTES = 256 << 20  # of a file, read again and again for so long, at each number of threads
-_DISK_SECONDS = 1.5
+_DISK_BYTES = 256 << 20  # of a checkpoint, at least
+_DISK_SECONDS, _DISK_ROUNDS, _DISK_BURST_SECONDS = 0.5, 3, 6
 _TEMPORARY_BYTES = 256 << 20
 _PAGE_BYTES, _GATHERED_BYTES = 64 << 10, 64 << 20  # of one page in one layer, and of many pages
 _PLACED = (4, 1024, 1024)  # experts, output features, input features
@@ -87,38 +92,47 @@ def place_bytes_per_s(dtype: torch.dtype, rounded: bool) -> float:
 
 
 def disk_bytes_per_s(model_uri: str | None, threads: tuple[int, ...]) -> dict[int, float]:
-    """Direct reads at each number of threads: of the model's own largest file, or of a temporary one."""
-    own = _largest_file(model_uri) if model_uri is not None else None
-    if own is not None:
-        return {count: _read_rate(own, count) for count in threads}
+    """Direct reads at each number of threads: of the model's own files, or of a temporary one."""
+    files = [] if model_uri is None else _checkpoint_files(model_uri)
+    if files:
+        return _read_rates(files, threads)
     with tempfile.NamedTemporaryFile(prefix="moegen-probe-") as file:
         block = bytes(_READ_BYTES)
         for _ in range(_TEMPORARY_BYTES // _READ_BYTES):
             file.write(block)
         file.flush()
-        return {count: _read_rate(Path(file.name), count) for count in threads}
+        return _read_rates([Path(file.name)], threads)
 
 
-def _largest_file(model_uri: str) -> Path | None:
+def _checkpoint_files(model_uri: str) -> list[Path]:
     """Of a local checkpoint, when it is large enough to say anything."""
-    files = sorted(Path(model_uri.removeprefix("file://")).glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    return files[-1] if files and files[-1].stat().st_size >= _DISK_BYTES else None
+    files = sorted(Path(model_uri.removeprefix("file://")).glob("*.safetensors"))
+    return files if sum(path.stat().st_size for path in files) >= _DISK_BYTES else []
 
 
-def _read_rate(path: Path, threads: int) -> float:
-    """Over and over, for a while: a shared disk gives more at first than it goes on giving."""
-    size = path.stat().st_size
-    starts = list(range(0, min(size, _DISK_BYTES) - _READ_BYTES + 1, _READ_BYTES))
-    with DirectFile(path) as file, ThreadPoolExecutor(threads) as pool:
-        buffers = [ReadBuffer(_READ_BYTES) for _ in range(threads)]
-        started = time.perf_counter()
+def _read_rates(paths: Sequence[Path], threads: tuple[int, ...]) -> dict[int, float]:
+    """From one end to the other and round again, as a job reads: what is read over and over may be in a cache that
+    the whole is too large for. Medians of some goes at each number of threads, in turn."""
+    with DirectFiles() as files, ThreadPoolExecutor(max(threads)) as pool:
+        blocks = itertools.cycle(
+            [(str(path), start) for path in paths
+             for start in range(0, path.stat().st_size - _READ_BYTES + 1, _READ_BYTES)]
+        )  # fmt: skip
+        lock, buffers = threading.Lock(), [ReadBuffer(_READ_BYTES) for _ in range(max(threads))]
 
-        def read(number: int) -> int:
-            blocks, own = 0, starts[number::threads] or starts
-            while not blocks or time.perf_counter() - started < _DISK_SECONDS:
-                file.read(own[blocks % len(own)], _READ_BYTES, buffers[number])
-                blocks += 1
-            return blocks
+        def read(buffer: ReadBuffer, until: float) -> int:
+            done = 0
+            while not done or time.perf_counter() < until:
+                with lock:
+                    path, start = next(blocks)
+                done += len(files.read(path, start, _READ_BYTES, buffer))
+            return done
 
-        blocks = sum(pool.map(read, range(threads)))
-        return blocks * _READ_BYTES / (time.perf_counter() - started)
+        def rate(count: int, seconds: float = _DISK_SECONDS) -> float:
+            started = time.perf_counter()
+            done = sum(pool.map(partial(read, until=started + seconds), buffers[:count]))
+            return done / (time.perf_counter() - started)
+
+        rate(max(threads), _DISK_BURST_SECONDS)  # a shared disk gives more after a rest than it goes on giving
+        rates = [{count: rate(count) for count in threads} for _ in range(_DISK_ROUNDS)]
+    return {count: statistics.median(each[count] for each in rates) for count in threads}
