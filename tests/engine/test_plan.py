@@ -8,7 +8,7 @@ from moegen.errors import BudgetError, SpecError
 from moegen.plan.cost import CostModel
 from moegen.plan.explain import explain
 from moegen.plan.footprint import Footprint
-from moegen.plan.machine import Machine, Rates, host_memory_bytes
+from moegen.plan.machine import Machine, Rates, host_memory_bytes, own_memory_bytes
 from moegen.plan.nominal import nominal_rates
 from moegen.plan.outlook import Outlook
 from moegen.plan.search import choose_plan
@@ -276,6 +276,20 @@ def test_a_containers_limit_is_the_machines_size(tmp_path, files, expected):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert host_memory_bytes(tmp_path) == expected
+
+
+def test_memory_that_the_process_has_counts_as_far_as_plans_count_it_again(tmp_path, monkeypatch):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/status").write_text("VmRSS:\t 900 kB\nRssAnon:\t 300 kB\nRssFile:\t 600 kB\n")
+    assert own_memory_bytes(tmp_path) == 300 << 10
+    assert own_memory_bytes(tmp_path / "nowhere") == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("moegen.plan.machine.host_memory_bytes", lambda: 10 << 30)
+    monkeypatch.setattr("moegen.plan.machine.own_memory_bytes", lambda: 3 << 30)
+    machine = Machine.detect("cpu")
+    assert machine.host_memory_bytes == 10 << 30
+    replace(machine, rates=replace(machine.rates, runtime_bytes=1 << 30)).save()
+    assert Machine.detect("cpu").host_memory_bytes == 11 << 30
 
 
 def test_a_machine_can_be_described(tmp_path):

@@ -116,6 +116,25 @@ def test_a_hundred_thousand_rows_are_predicted_in_seconds():
     assert found.generated_tokens_per_s == pytest.approx(found.generated_tokens / found.seconds)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [((700, 20),) * 2, ((3000, 100),) * 2, ((3000, 10_100),) * 2, (*((50, 4),) * 28, (9000, 4), (50, 4))],
+    ids=["short", "longer", "long answers", "one long prompt near the end"],
+)
+def test_jobs_that_generate_nothing_while_their_rows_enter_are_planned_and_predicted(lengths):
+    workload = Workload(len(lengths), lengths)
+    plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB"), workload=workload)
+    found = predict(footprint(plan), plan, RATES, workload)
+    assert found.generated_tokens == sum(answer for _, answer in lengths)
+    assert found.steady_tokens_per_s > 0
+
+
+def test_planning_a_job_with_long_answers_takes_seconds():
+    started = time.perf_counter()
+    choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB"), workload=Workload.of(10_000, (500,), (2000,)))
+    assert time.perf_counter() - started < 30  # about two when nothing else runs
+
+
 def test_one_row_is_all_tail():
     plan = choose_plan(SHAPE, MACHINE, Engine(host_memory="6GiB"))
     found = predict(footprint(plan), plan, RATES, Workload(1, ((10, 5),)))
@@ -124,7 +143,7 @@ def test_one_row_is_all_tail():
 
 def test_the_outlook_says_what_another_gibibyte_gives():
     workload = Workload.of(20_000, [300], [64])
-    engine = Engine(host_memory="1500MiB")
+    engine = Engine(host_memory="1400MiB")
     found = Outlook.of(SHAPE, MACHINE, engine, "auto", workload)
     assert found.prediction is not None
     assert found.host_gib_tokens_per_s is not None
@@ -200,7 +219,7 @@ def test_a_short_job_is_levelled_at_the_smallest_size_that_costs_hardly_anything
         passes[level_tokens] = simulate(levelled, workload).load.tokens
         return predict(footprint(plan), levelled, rates, workload).seconds
 
-    sizes = [2**n for n in range(5, 13) if 2**n <= plan.pass_tokens]
+    sizes = [*(size for size in (32, 128, 512, 2048) if size < plan.pass_tokens), plan.pass_tokens]
     fastest = min(seconds(size) for size in sizes)
     assert seconds(plan.level_tokens) <= 1.02 * fastest
     assert all(seconds(size) > 1.02 * fastest for size in sizes if size < plan.level_tokens)

@@ -238,6 +238,15 @@ def test_admission_leaves_a_page_of_growth_for_each() -> None:
     assert len(scheduler.running) == 3  # three pages held, and one kept free for each of them
 
 
+@pytest.mark.parametrize(("max_tokens", "running"), [(1, 6), (2, 3)])
+def test_no_page_is_kept_for_a_row_that_cannot_grow(max_tokens: int, running: int) -> None:
+    """The last token of an answer is never computed: a prompt of a page and one token more need no second page."""
+    requests = [Request(row, tuple(range(4)), Sampling(max_tokens=max_tokens)) for row in range(10)]
+    scheduler = Scheduler(requests, PageLedger(6, 4), pass_tokens=100)
+    assert scheduler.next_step() is not None
+    assert len(scheduler.running) == running
+
+
 def test_end_of_a_row_admits_the_next_in_the_following_pass() -> None:
     requests = [Request(row, tuple(range(6)), Sampling(max_tokens=2)) for row in range(2)]
     scheduler = Scheduler(requests, PageLedger(2, 4), pass_tokens=100)

@@ -79,7 +79,7 @@ class Machine:
     device: str
     device_name: str
     cores: int
-    host_memory_bytes: int  # free for us now or ours already, within any cgroup limit
+    host_memory_bytes: int  # free for us now, within any cgroup limit, and what the runtime has of it already
     device_memory_bytes: int  # free on the device; 0 for "cpu"
     native_bf16: bool  # whether the device multiplies bfloat16 in hardware
     dots_bf16: bool = False  # and our own kernel does so on it; a CPU's matrix units (AMX) are left to torch
@@ -96,9 +96,11 @@ class Machine:
         if found is None:
             raise SpecError(f"engine.device: no device {device!r} on this machine; use auto or cpu")
         try:
-            return replace(found, rates=Rates.from_mapping(json.loads(found._path.read_text())))
+            rates = Rates.from_mapping(json.loads(found._path.read_text()))
         except (OSError, ValueError, TypeError, AttributeError):
             return found  # never measured, or by another version
+        ours = min(own_memory_bytes(), rates.runtime_bytes or 0)  # plans count the runtime, which is there already
+        return replace(found, rates=rates, host_memory_bytes=found.host_memory_bytes + ours)
 
     @classmethod
     def read(cls, path: Path) -> Machine:
@@ -137,7 +139,7 @@ def _cpu() -> Machine:
         device="cpu",
         device_name=info.get("model name") or platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        host_memory_bytes=host_memory_bytes() + own_memory_bytes(),
+        host_memory_bytes=host_memory_bytes(),
         device_memory_bytes=0,
         native_bf16=not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags),
         dots_bf16="avx512_bf16" in flags and "amx_bf16" not in flags,
@@ -187,7 +189,7 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def own_memory_bytes(root: Path = Path("/")) -> int:
-    """What this process has taken and no file backs: a budget is for all of it. 0 where nothing says."""
+    """What this process has taken and no file backs; 0 where nothing says."""
     try:
         lines = (root / "proc/self/status").read_text().splitlines()
     except OSError:

@@ -87,7 +87,9 @@ def _summed(
 ) -> Prediction:
     """Sums over passes. Rows that were not simulated go at the steady state's rate, the second half of admission."""
     sampled = run.load.sampled * scale
-    steady = slice(run.admitting // 2, run.admitting) if run.admitting > 1 else slice(0, len(seconds))
+    steady = slice(run.admitting // 2, run.admitting)
+    if run.admitting < 2 or not sampled[steady].any():  # nothing is generated while rows enter: the whole job, then
+        steady = slice(0, len(seconds))
     rate = float(sampled[steady].sum() / seconds[steady].sum())
     missing = (stretch - 1) * float(sampled.sum())
     total = float(seconds.sum()) + missing / rate

@@ -33,6 +33,7 @@ _MIN_PASS_TOKENS = 2048
 _MOVING_TRUST = 0.9
 _PASS_TOKENS = (256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)
 _LEVEL_TOKENS = (32, 64, 128, 192, *_PASS_TOKENS)
+_SHORT_LEVEL_TOKENS = (32, 128, 512, 2048)  # that are tried on a short job
 _EFFICIENT = 0.95  # of the speed of the largest pass
 _AS_FAST = 1.02  # beside the fastest
 _ATTENTION_TOKENS, _EXPERT_TOKENS = 2048, 8192
@@ -44,9 +45,10 @@ _READER_THREADS, _STAGING_BYTES = 3, 8 << 20  # each reader reads into a buffer 
 _RUNTIME_BYTES = 560 << 20  # resident after a tiny model has run, where no probe measured it
 _DEVICE_RUNTIME_BYTES = 768 << 20  # the device's context and its libraries' workspaces
 _MIN_SEQUENCE_TOKENS = 256  # a pool that cannot hold even this is refused
-_SIMULATED_PLANS = 8  # that are tried on the job's rows
+_SIMULATED_PLANS = 8  # that are tried on the rows of a short job
+_NEARLY = 0.8  # of the best: worth is no more exact than that
 _SIMULATED_TOKENS = 20_000  # that a short job generates at most
-_ROUGH = Fidelity(sequences=32, rows=4, steps=10_000)
+_ROUGH_STEPS, _ROUGH_ROWS = 6000, 4  # of a simulation of a job that is not: about so many, rows at least
 _FREE_PAGES = 1 << 20  # where no layer attends, pages take no bytes: they count tokens
 _KV_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the host's room, where host groups want it too
 
@@ -131,22 +133,37 @@ class _Search:
         fixed = self.engine.plan.level_tokens
         levelled = [
             replace(plan, level_tokens=fixed or self.level_tokens(plan), ready_pages=self.workload.steady_pages(plan))
-            for plan in sorted(plans, key=self.worth, reverse=True)[:_SIMULATED_PLANS]
+            for plan in self._first(plans)
         ]
-        fastest = min(levelled, key=self._simulated_seconds)
+        fastest = min(levelled, key=self._simulated_seconds) if len(levelled) > 1 else levelled[0]
         return self._best_level(fastest) if self._is_short and not fixed else fastest
+
+    def _first(self, plans: list[Plan]) -> list[Plan]:
+        """By worth: several of a short job; else the best of each pass size, with weights that move and without, of
+        those that are worth nearly as much.
+
+        Rows that entered together end together, and large passes then alternate with small ones: a mean pass, which
+        worth goes by, does not show that.
+        """
+        first = sorted(plans, key=self.worth, reverse=True)
+        if self._is_short or self.workload is UNKNOWN:
+            return first[: _SIMULATED_PLANS if self._is_short else 1]
+        best_of_size = {(plan.pass_tokens, plan.streamed_groups > 0): plan for plan in reversed(first)}
+        least = _NEARLY * self.worth(first[0])[0]
+        return [plan for plan in best_of_size.values() if self.worth(plan)[0] >= least]
 
     def _best_level(self, plan: Plan) -> Plan:
         """With the smallest `level_tokens` of those that make the whole job about as fast as any: its last passes are
         as full as those before, so that it ends when its rate says."""
-        sizes = [size for size in _LEVEL_TOKENS if size < plan.pass_tokens] + [plan.pass_tokens]
+        sizes = [size for size in _SHORT_LEVEL_TOKENS if size < plan.pass_tokens] + [plan.pass_tokens]
         plans = [replace(plan, level_tokens=size) for size in sizes]
         seconds = [self._simulated_seconds(plan) for plan in plans]
         return next(plan for plan, took in zip(plans, seconds, strict=True) if took <= _AS_FAST * min(seconds))
 
     def _simulated_seconds(self, plan: Plan) -> float:
         """As far as may be trusted; of a job that is not short, roughly."""
-        fidelity = Fidelity() if self._is_short else _ROUGH
+        sequences = int(min(max(_ROUGH_STEPS / (_ROUGH_ROWS * self.workload.mean_answer), 4), 32))
+        fidelity = Fidelity() if self._is_short else Fidelity(sequences, _ROUGH_ROWS, steps=0)
         return predict(self.footprint, plan, self.rates, self.workload, fidelity).seconds / self._trust(plan)
 
     @property

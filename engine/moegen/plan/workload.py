@@ -49,8 +49,13 @@ class Workload:
     @cached_property
     def mean_context(self) -> float:
         """KV tokens of a running sequence, averaged over its life: long answers stay longer."""
-        prompts, answers = np.array(self.lengths, np.float64).T
+        prompts, answers = self._lengths
         return float(np.sum(answers * (prompts + answers / 2)) / np.sum(answers))
+
+    @cached_property
+    def _lengths(self) -> Ints:
+        """Of prompts, and of answers."""
+        return np.array(self.lengths, np.int64).T
 
     def concurrency(self, plan: Plan) -> float:
         """Sequences in a pass of the steady state: as many as the pages, the pass's tokens and the rows allow."""
@@ -66,14 +71,14 @@ class Workload:
     def _paged_tokens(self, plan: Plan) -> float:
         """Of the mean sequence, in whole pages, of all groups of layers."""
         own = max(self.mean_context - plan.prefix_tokens, 1.0)
-        slack = max(self._held_pages(plan) * plan.page_tokens - own, 0.0)
+        slack = max(self._held_pages(plan.page_tokens, plan.prefix_tokens) * plan.page_tokens - own, 0.0)
         return sum(min(own, window or own) + slack for window in plan.kv_windows)
 
-    def _held_pages(self, plan: Plan) -> float:
+    def _held_pages(self, size: int, prefix_tokens: int) -> float:
         """Of one group that keeps all tokens, with the page that is kept free for as long as a sequence may grow."""
-        prompts, answers = np.array(self.lengths, np.int64).T
-        first = np.maximum(prompts - plan.prefix_tokens, 1)
-        end, size = first + answers, plan.page_tokens
+        prompts, answers = self._lengths
+        first = np.maximum(prompts - prefix_tokens, 1)
+        end = first + answers
         most = -(-(end - 1) // size)
         grown = np.clip((most - 1) * size, first, end)  # from here on it has all its pages
         held = _pages_summed(grown, size) - _pages_summed(first, size) + (grown - first) + most * (end - grown)

@@ -106,7 +106,8 @@ def disk_bytes_per_s(model_uri: str | None, threads: tuple[int, ...]) -> dict[in
 
 def _checkpoint_files(model_uri: str) -> list[Path]:
     """Of a local checkpoint, when it is large enough to say anything."""
-    files = sorted(Path(model_uri.removeprefix("file://")).glob("*.safetensors"))
+    every = sorted(Path(model_uri.removeprefix("file://")).glob("*.safetensors"))
+    files = [path for path in every if path.stat().st_size >= _READ_BYTES]
     return files if sum(path.stat().st_size for path in files) >= _DISK_BYTES else []
 
 
