@@ -4,7 +4,7 @@ Both run in a memory cgroup of that size, page cache counted, in processes of th
 runs once outside with everything resident, whose answers must be the same. The bound is what disk and arithmetic allow,
 both measured in this run: max(bytes streamed / disk rate, operations / GEMM rate). Needs root, for the cgroup.
 
-    python benchmarks/offload_cpu.py --folder DISK [--rows 512] [--budget-gib 2.5]
+    python benchmarks/offload_cpu.py --folder DISK [--rows 2400] [--budget-gib 2.5]
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ def attempt(way: Way, checkpoint: Path, rows: list[Row], limit_s: float) -> Outc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; has or gets the checkpoint")
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=2400)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--budget-gib", type=float, default=2.5)
-    parser.add_argument("--batches", type=int, nargs="*", default=[64, 256], help="of the peer; one batch of rows each")
+    parser.add_argument("--batches", type=int, nargs="*", default=[256, 384], help="of the peer; one batch of rows each")
     parser.add_argument("--turn-limit", type=float, default=900, metavar="SECONDS")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "offload_cpu.json")
     args = parser.parse_args()

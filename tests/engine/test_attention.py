@@ -17,6 +17,7 @@ import torch
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.kv_pages import CodedPages, LayerPages
 from moegen.ops.paged_kernel import kernel_reads
+from moegen.ops.vectors import BLOCK
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.sequence import Request, Sequence
 from moegen.schedule.step import AttentionBatch, Chunk, Span, Step
@@ -265,8 +266,8 @@ def test_pieces_of_long_sequences_make_the_whole(page_tokens: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
 def test_the_size_of_pages_changes_no_bit(dtype: torch.dtype) -> None:
-    """Of those that fill the kernel's blocks, where all of a sequence is seen."""
-    large = LongCase(32, dtype)
+    """Of those that fill the kernel's blocks or halves of them, where all of a sequence is seen."""
+    large = LongCase(BLOCK, dtype)
     halves = [
         torch.stack(table.chunk(2, dim=2), dim=1).flatten(0, 1).contiguous()  # page p's tokens in 2 p and 2 p + 1
         for table in large.pages.tables
