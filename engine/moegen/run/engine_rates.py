@@ -322,7 +322,7 @@ def _run(host: ModelHost, plan: Plan, workload: Workload) -> list[PassReport]:
         Request(row, tuple(np.random.default_rng(row).integers(1, 250, prompt).tolist()), Sampling(max_tokens=answer))
         for row, (prompt, answer) in enumerate(workload.lengths * workload.rows)
     ]
-    with Engine(host, replace(plan, ready_pages=workload.steady_pages(plan)), None) as engine:
+    with Engine(host, plan, None) as engine:
         return [item for item in engine.generate(requests) if isinstance(item, PassReport)]
 
 
