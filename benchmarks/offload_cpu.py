@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--budget-gib", type=float, default=2.5)
-    parser.add_argument("--batches", type=int, nargs="*", default=[256, 384], help="of the peer; one batch of rows each")
+    parser.add_argument("--batches", type=int, nargs="*", default=[256, 384], help="of the peer, one of rows each")
     parser.add_argument("--turn-limit", type=float, default=900, metavar="SECONDS")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "offload_cpu.json")
     args = parser.parse_args()
