@@ -166,7 +166,7 @@ def test_more_rows_run_at_once() -> None:
                     scheduler.end(sequence)
         assert scheduler.ledger.free == 64
     (without, shared) = most.values()
-    assert without == 4  # 13 pages each at first, and one of growth
+    assert without == 4  # 13 pages each, which hold the whole answer: none is kept for growth
     assert shared >= 6 * without
     assert list(tokens.values()) == [64 * (97 + 7), 96 + 64 * (1 + 7)]
 

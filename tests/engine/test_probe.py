@@ -11,7 +11,7 @@ import pytest
 from moegen.cli import main
 from moegen.errors import MoegenError, StorageError
 from moegen.plan.machine import Machine, Rates
-from moegen.run import engine_rates, machine_rates
+from moegen.run import engine_rates, machine_rates, timing
 from moegen.run.probe import probe
 
 from tests.tiny import tiny_checkpoint
@@ -22,8 +22,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     geometry = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
     sizes = {
         engine_rates: {"_EXPERTS": (geometry, {**geometry, "moe_intermediate_size": 64}), "_CACHE_BYTES": 1 << 20,
-                       "_EXPERT_ROWS": (1, 4, 16), "_LINEAR_SIDES": (64, 128), "_LINEAR_ROWS": (1, 16), "_ROUNDS": 1},
-        machine_rates: {"_BLOCK_BYTES": 1 << 20, "_READ_BYTES": 1 << 16, "_DISK_BYTES": 1 << 18,
+                       "_EXPERT_ROWS": (1, 4, 16), "_LINEAR_SIDES": (64, 128), "_LINEAR_ROWS": (1, 16)},
+        timing: {"_ROUNDS": 1},
+        machine_rates: {"_BLOCK_BYTES": 1 << 20, "READ_BYTES": 1 << 16, "_DISK_BYTES": 1 << 18,
                         "_TEMPORARY_BYTES": 1 << 18, "_DISK_SECONDS": 0.0,
                         "_DISK_BURST_SECONDS": 0.0, "_PLACED": (2, 64, 64)},
     }  # fmt: skip
@@ -60,9 +61,11 @@ def test_everything_that_a_cpu_needs_is_measured(tmp_path: Path, capsys: pytest.
 def test_the_disk_is_measured_by_the_models_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint(tmp_path / "model")
     monkeypatch.setattr(machine_rates, "_DISK_BYTES", 1 << 16)
-    monkeypatch.setattr(machine_rates, "_READ_BYTES", 1 << 14)
+    monkeypatch.setattr(machine_rates, "READ_BYTES", 1 << 14)
     monkeypatch.setattr(machine_rates, "tempfile", None)  # nothing else is written
     assert set(machine_rates.disk_bytes_per_s(str(folder), (1, 2))) == {1, 2}
+    monkeypatch.setattr(machine_rates, "READ_BYTES", 1 << 40)
+    assert not machine_rates._checkpoint_files(str(folder)), "files shorter than one request say nothing"
 
 
 def test_a_measurement_that_fails_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +86,7 @@ def test_a_measurement_that_fails_says_what_and_why(monkeypatch: pytest.MonkeyPa
 
 def test_rounds_go_over_everything_before_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what disturbs the machine for a while disturbs one measurement of each."""
-    monkeypatch.setattr(engine_rates, "_ROUNDS", 3)
+    monkeypatch.setattr(timing, "_ROUNDS", 3)
     found = {"a": iter([1.0, 90.0, 3.0]), "b": iter([[4.0, 1.0], [5.0, 70.0], [6.0, 2.0]])}
     order: list[str] = []
 
@@ -92,5 +95,5 @@ def test_rounds_go_over_everything_before_the_next_begins(monkeypatch: pytest.Mo
         return next(found[name])
 
     timings = {"one": {1: lambda: timed("a")}, "passes": lambda: timed("b")}
-    assert engine_rates.usual(timings) == {"one": {1: 3.0}, "passes": [5.0, 2.0]}
+    assert timing.usual(timings) == {"one": {1: 3.0}, "passes": [5.0, 2.0]}
     assert order == ["a", "b"] * 3

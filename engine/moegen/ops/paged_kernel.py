@@ -464,7 +464,8 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter):  # type: ig
             then = _task(min(number, spans.tasks - 1), shape, spans)
             following = then.start
         panel_rows = min(shape.page_tokens, DEPTH)
-        for n in range((stop - start + panel_rows - 1) // panel_rows):
+        panels = (stop - start + panel_rows - 1) // panel_rows
+        for n in range(panels):
             ahead = min(following + n * panel_rows, then.end - 1)
             put(scratch.panels + n * 8, _place(shape, spans, task, start + n * panel_rows, spans.values, value_bytes))
             put(scratch.aheads + n * 8, _place(shape, spans, then, ahead, spans.keys, key_bytes))
@@ -472,7 +473,7 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter):  # type: ig
                 fetch(_place(shape, spans, then, ahead, spans.key_scales, _FLOAT), panel_rows * _FLOAT)
                 fetch(_place(shape, spans, then, ahead, spans.value_scales, _FLOAT), panel_rows * _FLOAT)
         if stop == task.end:  # the next task may begin with more pages than this one ends with
-            left = following + (stop - start + panel_rows - 1) // panel_rows * panel_rows
+            left = following + panels * panel_rows
             while left < _block_end(shape, following, then.end):
                 fetch(_place(shape, spans, then, left, spans.keys, key_bytes), panel_rows * key_bytes)
                 left += panel_rows

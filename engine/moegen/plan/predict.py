@@ -34,6 +34,9 @@ class Fidelity:
     steps: int = 200_000  # sequences times passes up to which all rows are
 
 
+FULL = Fidelity()
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A job's time, and what it goes by."""
@@ -53,10 +56,9 @@ class Prediction:
 
 
 def predict(
-    footprint: Footprint, plan: Plan, rates: Rates, workload: Workload, fidelity: Fidelity | None = None
+    footprint: Footprint, plan: Plan, rates: Rates, workload: Workload, fidelity: Fidelity = FULL
 ) -> Prediction:
     """Simulates the job under `plan`. `rates` must be measured."""
-    fidelity = fidelity or Fidelity()
     scale = max(min(workload.concurrency(plan), workload.rows) / fidelity.sequences, 1.0)
     rows = max(round(workload.rows / scale), 1)
     shared = plan.prefix_tokens // plan.page_tokens * len(plan.kv_windows)  # one, however many rows are simulated

@@ -20,7 +20,7 @@ from moegen.plan.footprint import Footprint
 from moegen.plan.machine import Machine, Rates
 from moegen.plan.nominal import nominal_rates
 from moegen.plan.plan import MemoryUse, Plan
-from moegen.plan.predict import Fidelity, predict
+from moegen.plan.predict import FULL, Fidelity, predict
 from moegen.plan.workload import UNKNOWN, Workload
 from moegen.shape import DTYPE_BYTES, ModelShape
 from moegen.spec import Engine
@@ -128,8 +128,8 @@ class _Search:
         return self._trust(plan) / float(seconds @ passes), -plan.disk_groups, -plan.host.used
 
     def best(self, plans: list[Plan]) -> Plan:
-        """Of those that come first by worth, the one that is fastest in a simulation: a rough one, but of a job so
-        short that it shows differently, how its passes are levelled."""
+        """Of those that come first by worth, the one that is fastest in a simulation; of a short job, with its passes
+        levelled as its own simulation says."""
         fixed = self.engine.plan.level_tokens
         levelled = [
             replace(plan, level_tokens=fixed or self.level_tokens(plan), ready_pages=self.workload.steady_pages(plan))
@@ -140,7 +140,7 @@ class _Search:
 
     def _first(self, plans: list[Plan]) -> list[Plan]:
         """By worth: several of a short job; else the best of each pass size, with weights that move and without, of
-        those that are worth nearly as much.
+        those that are worth nearly as much. Where nothing is known of the rows there is nothing to simulate: the first.
 
         Rows that entered together end together, and large passes then alternate with small ones: a mean pass, which
         worth goes by, does not show that.
@@ -161,10 +161,16 @@ class _Search:
         return next(plan for plan, took in zip(plans, seconds, strict=True) if took <= _AS_FAST * min(seconds))
 
     def _simulated_seconds(self, plan: Plan) -> float:
-        """As far as may be trusted; of a job that is not short, roughly."""
+        """As far as may be trusted."""
+        return predict(self.footprint, plan, self.rates, self.workload, self._fidelity).seconds / self._trust(plan)
+
+    @property
+    def _fidelity(self) -> Fidelity:
+        """Rough where the job is not short: several plans are compared."""
+        if self._is_short:
+            return FULL
         sequences = int(min(max(_ROUGH_STEPS / (_ROUGH_ROWS * self.workload.mean_answer), 4), 32))
-        fidelity = Fidelity() if self._is_short else Fidelity(sequences, _ROUGH_ROWS, steps=0)
-        return predict(self.footprint, plan, self.rates, self.workload, fidelity).seconds / self._trust(plan)
+        return Fidelity(sequences, _ROUGH_ROWS, steps=0)
 
     @property
     def _is_short(self) -> bool:
@@ -266,7 +272,7 @@ class _Search:
             reader_threads=readers,
             host=host,
             device_memory=device,
-            prefix_tokens=self._prefix_tokens(self._page_tokens),
+            prefix_tokens=self._prefix_tokens,
             latent_kv=footprint.latent_kv,
             kv_windows=tuple(group.window for group in footprint.layer_groups),
             rounded=self.rounded,
@@ -278,11 +284,12 @@ class _Search:
         on_cpu = self.machine.device == "cpu"
         return self.engine.plan.page_tokens or (_PAGE_TOKENS if on_cpu else _DEVICE_PAGE_TOKENS)
 
-    def _prefix_tokens(self, page_tokens: int) -> int:
+    @property
+    def _prefix_tokens(self) -> int:
         """In whole pages, as they are shared."""
         stateless = not self.footprint.shape.state_per_sequence  # a state at the prefix's end is not kept
         shared = self.workload.prefix_tokens if self.engine.plan.share_prefix and stateless else 0
-        return shared // page_tokens * page_tokens
+        return shared // self._page_tokens * self._page_tokens
 
     def _grouping(self, resident: int) -> dict[str, Any]:
         """Where nothing moves, a layer is one group: nothing is gained by cutting it."""

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from moegen.plan.cost import Load
 from moegen.plan.curve import Floats
 from moegen.plan.plan import Plan
-
-Ints = npt.NDArray[np.int64]
+from moegen.schedule.step import Ints
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,12 @@ from moegen.plan.predict import simulate
 from moegen.plan.workload import Workload
 from moegen.run.engine import Engine
 from moegen.run.stats import PassReport
-from moegen.run.timing import usual_seconds
+from moegen.run.timing import Timings, usual, usual_seconds
 from moegen.schedule.sequence import Request, Sequence
 from moegen.schedule.step import Chunk, QuerySpans, Step
 from moegen.shape import ModelShape
 from moegen.spec import Sampling
 
-_ROUNDS = 3  # of every timing; their median counts, for jobs meet the machine as it usually is
 _EXPERT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 _LINEAR_ROWS = (1, 4, 16, 64, 512)
 _FLOPS = 10e9  # per timing; weights that many rows reuse need not be swept over
@@ -50,31 +49,6 @@ _LATENT, _LATENT_HEADS = KVShape(1, 512 + 64, 512, latent=True), 128
 _VOCAB_SIZE = 16_384
 _PASSES = (Workload(8, ((16, 10),)), Workload(128, ((16, 8),)), Workload(256, ((24, 5),)), Workload(4, ((512, 4),)))
 _SAMPLED = Sampling(max_tokens=1 << 20)
-
-
-Timings = dict[Any, Any]
-"""What is to be timed: functions of nothing that return a number, or one for each of some passes, by any keys."""
-
-
-def usual(timings: Timings) -> Timings:
-    """What the functions return, by the same keys: the median of `_ROUNDS` rounds.
-
-    A round goes over all of them before the next one begins: a machine that others share, and that is slow for some
-    seconds, is so in one round and not in all that is known of one of them.
-    """
-    rounds = [_timed(timings) for _ in range(_ROUNDS)]
-    medians: Timings = _medians(rounds)
-    return medians
-
-
-def _timed(timings: Any) -> Any:
-    return {key: _timed(value) for key, value in timings.items()} if isinstance(timings, dict) else timings()
-
-
-def _medians(rounds: list[Any]) -> Any:
-    if isinstance(rounds[0], dict):
-        return {key: _medians([found[key] for found in rounds]) for key in rounds[0]}
-    return np.median(rounds, axis=0).tolist()
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import tempfile
 import threading
 import time
@@ -15,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moegen.memory.direct_read import DirectFiles, ReadBuffer
+from moegen.memory.direct_read import READ_BYTES, DirectFiles, ReadBuffer
 from moegen.ops.expert_weights import expert_matrix
 from moegen.ops.link import Link
-from moegen.run.timing import usual_seconds
+from moegen.run.timing import usual, usual_seconds
 
 _BLOCK_BYTES = 256 << 20
-_READ_BYTES = 8 << 20
 _DISK_BYTES = 256 << 20  # of a checkpoint, at least
-_DISK_SECONDS, _DISK_ROUNDS, _DISK_BURST_SECONDS = 0.5, 3, 6
+_DISK_SECONDS, _DISK_BURST_SECONDS = 0.5, 6
 _TEMPORARY_BYTES = 256 << 20
 _PAGE_BYTES, _GATHERED_BYTES = 64 << 10, 64 << 20  # of one page in one layer, and of many pages
 _PLACED = (4, 1024, 1024)  # experts, output features, input features
@@ -97,8 +95,8 @@ def disk_bytes_per_s(model_uri: str | None, threads: tuple[int, ...]) -> dict[in
     if files:
         return _read_rates(files, threads)
     with tempfile.NamedTemporaryFile(prefix="moegen-probe-") as file:
-        block = bytes(_READ_BYTES)
-        for _ in range(_TEMPORARY_BYTES // _READ_BYTES):
+        block = bytes(READ_BYTES)
+        for _ in range(_TEMPORARY_BYTES // READ_BYTES):
             file.write(block)
         file.flush()
         return _read_rates([Path(file.name)], threads)
@@ -107,26 +105,26 @@ def disk_bytes_per_s(model_uri: str | None, threads: tuple[int, ...]) -> dict[in
 def _checkpoint_files(model_uri: str) -> list[Path]:
     """Of a local checkpoint, when it is large enough to say anything."""
     every = sorted(Path(model_uri.removeprefix("file://")).glob("*.safetensors"))
-    files = [path for path in every if path.stat().st_size >= _READ_BYTES]
+    files = [path for path in every if path.stat().st_size >= READ_BYTES]
     return files if sum(path.stat().st_size for path in files) >= _DISK_BYTES else []
 
 
 def _read_rates(paths: Sequence[Path], threads: tuple[int, ...]) -> dict[int, float]:
     """From one end to the other and round again, as a job reads: what is read over and over may be in a cache that
-    the whole is too large for. Medians of some goes at each number of threads, in turn."""
+    the whole is too large for."""
     with DirectFiles() as files, ThreadPoolExecutor(max(threads)) as pool:
         blocks = itertools.cycle(
             [(str(path), start) for path in paths
-             for start in range(0, path.stat().st_size - _READ_BYTES + 1, _READ_BYTES)]
+             for start in range(0, path.stat().st_size - READ_BYTES + 1, READ_BYTES)]
         )  # fmt: skip
-        lock, buffers = threading.Lock(), [ReadBuffer(_READ_BYTES) for _ in range(max(threads))]
+        lock, buffers = threading.Lock(), [ReadBuffer(READ_BYTES) for _ in range(max(threads))]
 
         def read(buffer: ReadBuffer, until: float) -> int:
             done = 0
             while not done or time.perf_counter() < until:
                 with lock:
                     path, start = next(blocks)
-                done += len(files.read(path, start, _READ_BYTES, buffer))
+                done += len(files.read(path, start, READ_BYTES, buffer))
             return done
 
         def rate(count: int, seconds: float = _DISK_SECONDS) -> float:
@@ -135,5 +133,4 @@ def _read_rates(paths: Sequence[Path], threads: tuple[int, ...]) -> dict[int, fl
             return done / (time.perf_counter() - started)
 
         rate(max(threads), _DISK_BURST_SECONDS)  # a shared disk gives more after a rest than it goes on giving
-        rates = [{count: rate(count) for count in threads} for _ in range(_DISK_ROUNDS)]
-    return {count: statistics.median(each[count] for each in rates) for count in threads}
+        return usual({count: partial(rate, count) for count in threads})

@@ -17,6 +17,7 @@ from moegen.ops.host_memory import keep_freed_memory
 from moegen.ops.threads import use_threads
 from moegen.plan.machine import Machine, Rates
 from moegen.run import engine_rates, machine_rates
+from moegen.run.timing import usual
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,7 @@ def _pass_rates(rates: Rates, machine: Machine, where: torch.device, compute: to
             _name(stored): engine_rates.expert_flops_per_s(where, stored, compute, machine.dots_bf16, sizes)
             for stored, sizes in _EXPERT_SIZES.items()
         }
-        found = engine_rates.usual(
-            {"linear_flops_per_s": linears, "expert_flops_per_s": experts, "passes": passes.timings}
-        )
+        found = usual({"linear_flops_per_s": linears, "expert_flops_per_s": experts, "passes": passes.timings})
         measured = found.pop("passes")
         rates = replace(rates, **found)
         return replace(rates, **passes.rest(measured, rates))

@@ -116,8 +116,7 @@ class Scheduler:
         return self.ledger.grow(sequence.pages, len(sequence.tokens), sequence.computed, whole=sequence.goes_back)
 
     def _may_grow(self, sequence: Sequence) -> bool:
-        whole = sequence.prompt_tokens + sequence.request.params.max_tokens - 1  # the last token's are never kept
-        return self.ledger.pages_for(whole) > self.ledger.pages_for(len(sequence.tokens))
+        return self.ledger.pages_for(sequence.most_computed) > self.ledger.pages_for(len(sequence.tokens))
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -108,7 +108,11 @@ class Sequence:
         return self.prompt_tokens + self.request.params.max_tokens - len(self.tokens)
 
     @property
+    def most_computed(self) -> int:
+        """Tokens that are computed by then, if the answer gets them all; its last token never is."""
+        return self.prompt_tokens + self.request.params.max_tokens - 1
+
+    @property
     def tokens_left(self) -> int:
-        """Tokens still to be computed until then; an answer's last token never is."""
-        computed = max(self.computed, self.shared)  # one of many computes what they share
-        return self.prompt_tokens + self.request.params.max_tokens - 1 - computed
+        """Tokens still to be computed until then."""
+        return self.most_computed - max(self.computed, self.shared)  # one of many computes what they share
