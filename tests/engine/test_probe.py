@@ -11,26 +11,17 @@ import pytest
 from moegen.cli import main
 from moegen.errors import MoegenError, StorageError
 from moegen.plan.machine import Machine, Rates
-from moegen.run import engine_rates, machine_rates, timing
+from moegen.run import machine_rates, timing
 from moegen.run.probe import probe
 
+from benchmarks.gpu_suite.probe_case import SMALL
 from tests.tiny import tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    geometry = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
-    sizes = {
-        engine_rates: {"_EXPERTS": (geometry, {**geometry, "moe_intermediate_size": 64}), "_CACHE_BYTES": 1 << 20,
-                       "_EXPERT_ROWS": (1, 4, 16), "_LINEAR_SIDES": (64, 128), "_LINEAR_ROWS": (1, 16)},
-        timing: {"_ROUNDS": 1},
-        machine_rates: {"_BLOCK_BYTES": 1 << 20, "READ_BYTES": 1 << 16, "_DISK_BYTES": 1 << 18,
-                        "_TEMPORARY_BYTES": 1 << 18, "_DISK_SECONDS": 0.0,
-                        "_DISK_BURST_SECONDS": 0.0, "_PLACED": (2, 64, 64)},
-    }  # fmt: skip
-    for module, values in sizes.items():
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
+    for module, name, value in SMALL:
+        monkeypatch.setattr(module, name, value)
     detect = Machine.detect  # one thread: beside other work, two would only wait for each other
     monkeypatch.setattr(Machine, "detect", lambda device="auto": replace(detect(device), cores=1))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
