@@ -24,9 +24,9 @@ from transformers import Qwen3MoeConfig
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from ceiling import gemm_peaks, needed_flops
+from cgroup import Cgroup
 from environment import PeerUnavailable
 from machine import probe_machine
-from memory_cgroup import MemoryCgroup
 from moegen.plan.machine import Machine
 from moegen.run.machine_rates import disk_bytes_per_s
 from turn import Outcome, Row
@@ -132,9 +132,9 @@ def main() -> None:
     disk_rates = [max(disk_bytes_per_s(str(checkpoint), _READERS).values())]
     gemm_rate = max(gemm_peaks().values())
     settings = {"host_memory": f"{args.budget_gib}GiB"}
-    with MemoryCgroup(budget) as cgroup:
+    with Cgroup(budget) as cgroup:
         streamed = attempt(
-            Way("moegen", "streamed", "moegen_engine", settings, memory=cgroup, warm_tokens=1),
+            Way("moegen", "streamed", "moegen_engine", settings, cgroup=cgroup, warm_tokens=1),
             checkpoint,
             rows,
             args.turn_limit,
@@ -150,9 +150,9 @@ def main() -> None:
             "cpu_memory": f"{args.budget_gib / 3:.2f}GiB",
             "folder": str(args.folder),
         }
-        with MemoryCgroup(budget) as cgroup:
+        with Cgroup(budget) as cgroup:
             way = Way(
-                "accelerate", f"disk offload, batch {batch}", "accelerate_offload", choice, memory=cgroup, warm_tokens=1
+                "accelerate", f"disk offload, batch {batch}", "accelerate_offload", choice, cgroup=cgroup, warm_tokens=1
             )
             outcome = attempt(way, checkpoint, rows[:batch], args.turn_limit)
         made = min(batch, len(rows)) * args.answer_tokens

@@ -4,7 +4,10 @@ Three geometries of random weights, memory budgets from everything resident to o
 and long prompts and answers. Every number comes from the shipped commands: for each case `moegen probe`, then
 `moegen plan` (the prediction), then `moegen run` (measured, from the first pass to the last).
 
-    python -m benchmarks.planner [--seconds 25] [--only small] [--shares 1 0.5] [--probe once]
+With `--disk-bytes-per-s`, probes and jobs read from a disk that gives no more than that (a cgroup holds it, which needs
+root): what is compared is then the planner, not a shared disk's minutes.
+
+    python -m benchmarks.planner [--seconds 25] [--only small] [--shares 1 0.5] [--disk-bytes-per-s 600e6]
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from moegen.plan.machine import Machine
 
+from benchmarks.peers.cgroup import Cgroup
 from tests.tiny import tiny_tokenizer
 
 VOCAB_SIZE = 8192
@@ -88,16 +92,15 @@ def write_table(path: Path, rows: int, lengths: str) -> None:
 class Bench:
     """Runs the command in a folder that holds the checkpoints, the tables and the outputs."""
 
-    def __init__(self, folder: Path, prefix: list[str], seconds: float) -> None:
-        self.folder, self.prefix, self.seconds = folder, prefix, seconds
+    def __init__(self, folder: Path, cgroup: Cgroup, seconds: float) -> None:
+        self.folder, self.cgroup, self.seconds = folder, cgroup, seconds
 
     def moegen(self, *arguments: str) -> dict[str, Any]:
         """What the command prints as JSON."""
-        prefix = [] if arguments[0] == "plan" else self.prefix
-        command = [*prefix, sys.executable, "-m", "moegen", *arguments, "--json"]
+        command = self.cgroup.command([sys.executable, "-m", "moegen", *arguments, "--json"])
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}: {done.stdout}")
+            raise SystemExit(f"{shlex.join(map(str, command))} ended with {done.returncode}: {done.stdout}")
         result: dict[str, Any] = json.loads(done.stdout)
         return result
 
@@ -164,7 +167,7 @@ def main() -> None:
         "--probe", choices=("once", "always", "never"), default="always",
         help="before all cases, before each of them (a shared machine's speed wanders), or not at all",
     )  # fmt: skip
-    parser.add_argument("--prefix", default="", help="put before what is timed, as in 'nice -n -5'")
+    parser.add_argument("--disk-bytes-per-s", type=float, metavar="RATE", help="hold the disk to it")
     parser.add_argument("--folder", type=Path, help="keep checkpoints here, for later runs (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     args = parser.parse_args()
@@ -173,16 +176,18 @@ def main() -> None:
         for name in args.only:
             if not (folder / name / "config.json").exists():
                 save_checkpoint(folder / name, GEOMETRIES[name])
-        bench = Bench(folder, shlex.split(args.prefix), args.seconds)
+        disk_bytes_per_s = args.disk_bytes_per_s and int(args.disk_bytes_per_s)
         results = []
-        for case in cases():
-            if case.geometry not in args.only or case.share not in args.shares:
-                continue
-            if args.probe == "always" or (args.probe == "once" and not results):
-                bench.moegen("probe", "--device", "cpu", "--model", str(folder / case.geometry))
-            results.append(bench.run(case))
-            print(line(case, results[-1]), flush=True)
-            report(results, args.out)  # after every case, so that a run cut short keeps its cases
+        with Cgroup(disk_bytes_per_s=disk_bytes_per_s, folder=folder) as cgroup:
+            bench = Bench(folder, cgroup, args.seconds)
+            for case in cases():
+                if case.geometry not in args.only or case.share not in args.shares:
+                    continue
+                if args.probe == "always" or (args.probe == "once" and not results):
+                    bench.moegen("probe", "--device", "cpu", "--model", str(folder / case.geometry))
+                results.append(bench.run(case))
+                print(line(case, results[-1]), flush=True)
+                report(results, disk_bytes_per_s, args.out)  # after every case: a run cut short keeps its cases
 
 
 def line(case: Case, result: dict[str, Any]) -> str:
@@ -193,9 +198,14 @@ def line(case: Case, result: dict[str, Any]) -> str:
     )
 
 
-def report(results: list[dict[str, Any]], out: Path) -> None:
+def report(results: list[dict[str, Any]], disk_bytes_per_s: int | None, out: Path) -> None:
     errors = [abs(result["error"]) for result in results]
-    summary = {"cases": len(errors), "mean_absolute_error": statistics.mean(errors), "worst_error": max(errors)}
+    summary = {
+        "cases": len(errors),
+        "mean_absolute_error": statistics.mean(errors),
+        "worst_error": max(errors),
+        "disk_held_to_bytes_per_s": disk_bytes_per_s,
+    }
     print(
         f"{len(errors)} cases: mean absolute error {statistics.mean(errors):.1%}, worst {max(errors):.1%}", flush=True
     )

@@ -23,7 +23,7 @@ from transformers import Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-from memory_cgroup import MemoryCgroup
+from cgroup import Cgroup
 from moegen.plan.machine import Machine
 from moegen.run.machine_rates import disk_bytes_per_s
 from stored_checkpoint import Stored, formats
@@ -113,8 +113,8 @@ def turn(name: str, folder: Path, rows: list[Row], budget: int, limit_s: float) 
     checkpoint = folder / name
     disk_rate = max(disk_bytes_per_s(str(checkpoint), _READERS).values())
     settings = {"host_memory": f"{budget / (1 << 30)}GiB"}
-    with MemoryCgroup(budget) as cgroup:
-        way = Way("moegen", name, "moegen_engine", settings, memory=cgroup, warm_tokens=1)
+    with Cgroup(budget) as cgroup:
+        way = Way("moegen", name, "moegen_engine", settings, cgroup=cgroup, warm_tokens=1)
         outcome: Outcome = way.take_turn(checkpoint, rows, limit_s)
         peak = cgroup.peak_bytes
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cgroup import Cgroup
 from environment import Environment, PeerUnavailable
-from memory_cgroup import MemoryCgroup
 from turn import Outcome, Row, Turn
 
 
@@ -25,7 +25,7 @@ class Way:
     module: str  # in this folder
     settings: dict[str, Any] = field(default_factory=dict)
     environment: Environment | None = None  # None: the one that runs the benchmark
-    memory: MemoryCgroup | None = None  # what its turns run in
+    cgroup: Cgroup | None = None  # what its turns run in
     warm_tokens: int = 4
     sample: int | None = None  # a side question, asked once and of the first rows only; None: all rows
 
@@ -58,7 +58,7 @@ class Way:
         with (folder / "log").open("w+") as log:
             try:
                 subprocess.run(
-                    self.memory.command(command) if self.memory else command,
+                    self.cgroup.command(command) if self.cgroup else command,
                     env=variables, stdout=log, stderr=log, check=True, timeout=limit_s,
                 )  # fmt: skip
             except subprocess.TimeoutExpired as error:
