@@ -62,14 +62,21 @@ class StagedLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The tokens after attention, and what the experts are to see of them: normed while it is in the cache."""
         norm, mixer, next_norm, _ = parts
-        after_1TD, normed_1TD = torch.empty_like(hidden_1TD), empty_rows(hidden_1TD)
-        for batch in batches:
+
+        def one(batch: AttentionBatch, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
             own = slice(batch.first, batch.first + batch.length)
             x_1tD = hidden_1TD[:, own]
             narrowed = {name: cut(value, own, moegen.tokens) for name, value in kwargs.items()}
             attended = mixer(hidden_states=norm(x_1tD), moegen=moegen.within(batch), **narrowed)
-            torch.add(x_1tD, _first(attended), out=after_1TD[:, own])
-            normed_1TD[:, own] = next_norm(after_1TD[:, own])
+            after_1tD = torch.add(x_1tD, _first(attended), out=out)
+            return after_1tD, next_norm(after_1tD)
+
+        if len(batches) == 1:
+            return one(batches[0])
+        after_1TD, normed_1TD = torch.empty_like(hidden_1TD), empty_rows(hidden_1TD)
+        for batch in batches:
+            own = slice(batch.first, batch.first + batch.length)
+            _, normed_1TD[:, own] = one(batch, after_1TD[:, own])
         return after_1TD, normed_1TD
 
 

@@ -316,18 +316,35 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, threads):  # type: ignore[no-untyped-def]
+def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, fresh, threads):  # type: ignore[no-untyped-def]
     """`out[t] += weights[s] * answer[s - first]` for s in `places[t]`, one after another, where `answer` has that row.
 
-    Threads share the tokens: a token's row stays in a core's cache until all of its experts are added.
+    `=` if fresh. Threads share the tokens: a token's row stays in a core's cache until all of its experts are added,
+    and is read and written once for several of them.
     """
     tokens, width = out_TD.shape
     for thread in numba.prange(threads):
+        rows = np.empty(places_TK.shape[1], np.int64)
         for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            found = 0
             for k in range(places_TK.shape[1]):
-                place = places_TK[t, k]
-                row = place - first
+                row = places_TK[t, k] - first
                 if 0 <= row < answer_SD.shape[0]:
-                    weight = weights_S[place]
-                    for d in range(width):
-                        out_TD[t, d] += weight * answer_SD[row, d]
+                    rows[found] = row
+                    found += 1
+            if fresh:
+                out_TD[t, :] = 0
+            done = 0
+            while done + 4 <= found:
+                a, b, c, d = rows[done], rows[done + 1], rows[done + 2], rows[done + 3]
+                w, x, y, z = weights_S[first + a], weights_S[first + b], weights_S[first + c], weights_S[first + d]
+                for i in range(width):
+                    sum_ = out_TD[t, i] + w * answer_SD[a, i]
+                    sum_ += x * answer_SD[b, i]
+                    sum_ += y * answer_SD[c, i]
+                    out_TD[t, i] = sum_ + z * answer_SD[d, i]
+                done += 4
+            for n in range(done, found):
+                w, a = weights_S[first + rows[n]], rows[n]
+                for i in range(width):
+                    out_TD[t, i] += w * answer_SD[a, i]

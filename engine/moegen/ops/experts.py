@@ -16,6 +16,7 @@ from moegen.ops.expert_kernel import add_weighted_rows
 from moegen.ops.expert_weights import UP, ExpertGroup, ExpertSupply
 from moegen.ops.gate_kernel import silu_gated
 from moegen.ops.micro_batch import MicroBatch
+from moegen.ops.routing import Routing
 from moegen.ops.threads import numba_threads
 
 
@@ -44,24 +45,6 @@ class ExpertChunk:
         return ExpertChunk(left, slice(first.pairs.stop, self.pairs.stop))
 
 
-@dataclass(frozen=True, slots=True)
-class _Routed:
-    """All routed pairs of a pass, sorted by expert."""
-
-    tokens_S: torch.Tensor
-    ids_S: torch.Tensor
-    weights_S: torch.Tensor
-    places_TK: torch.Tensor  # of a token's pairs among them, in the order of its experts
-
-    @classmethod
-    def of(cls, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> _Routed:
-        ids_S, order_S = expert_ids_TK.flatten().sort(stable=True)
-        places_S = torch.empty_like(order_S)
-        places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        places_TK = places_S.view(expert_ids_TK.shape).sort(dim=1).values
-        return cls(order_S // expert_ids_TK.shape[1], ids_S, weights_TK.flatten()[order_S], places_TK)
-
-
 def grouped_experts(
     module: Any,
     supply: ExpertSupply,
@@ -78,31 +61,30 @@ def grouped_experts(
     intermediate activations are bounded; in smaller ones where the device has no room. A token's experts are added in
     the order of their ids, in float32, whatever else is in the pass: the sum does not depend on the batch.
     """
-    routed = _Routed.of(expert_ids_TK, weights_TK)
-    counts_E = torch.bincount(routed.ids_S, minlength=module.num_experts)[: module.num_experts].tolist()
-    starts_E = [0, *torch.tensor(counts_E).cumsum(0).tolist()]
-    out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+    routing = Routing.of(expert_ids_TK, weights_TK, module.num_experts)
+    starts, fresh = routing.starts, True
+    out_TD = torch.empty(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
     at_once, laid_TD = MicroBatch.of(expert_tokens, "expert"), hidden_TD
-    for group in supply.lend(counts_E):
+    for group in supply.lend(routing.counts_E):
         laid_TD = group.up.lay_out(laid_TD)
         end = group.first + group.experts
-        rest = ExpertChunk(tuple(counts_E[group.first : end]), slice(starts_E[group.first], starts_E[end]))
+        rest = ExpertChunk(routing.counts_E[group.first : end], slice(starts[group.first], starts[end]))
         while rest.total:
-            chunk, answer_SD = at_once.run(partial(_answer, module, group, laid_TD, routed, rest), rest.total)
-            _add_rows(out_TD, routed, chunk, answer_SD)
-            rest = rest.after(chunk)
-    return out_TD.to(hidden_TD.dtype)
+            chunk, answer_SD = at_once.run(partial(_answer, module, group, laid_TD, routing, rest), rest.total)
+            _add_rows(out_TD, routing, chunk, answer_SD, fresh)
+            rest, fresh = rest.after(chunk), False
+    return (out_TD.zero_() if fresh else out_TD).to(hidden_TD.dtype)
 
 
 def _answer(
-    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, routed: _Routed, rest: ExpertChunk, most: int
+    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, routing: Routing, rest: ExpertChunk, most: int
 ) -> tuple[ExpertChunk, torch.Tensor]:
     """The next `most` pairs, and what the group's experts answer to them; adds nothing anywhere."""
     chunk = rest.first(most)
-    tokens_S, ids_S = routed.tokens_S[chunk.pairs], routed.ids_S[chunk.pairs]
+    tokens_S, ids_S = routing.tokens_S[chunk.pairs], routing.ids_S[chunk.pairs]
     answer_SD = _expert_mlp(module, group, hidden_TD, tokens_S, ids_S, chunk.counts)
     if answer_SD.device.type != "cpu":  # a CPU's kernel weights rows as it adds them
-        answer_SD = answer_SD.float() * routed.weights_S[chunk.pairs, None]
+        answer_SD = answer_SD.float() * routing.weights_S[chunk.pairs, None]
     return chunk, answer_SD
 
 
@@ -128,13 +110,15 @@ def _activated(module: Any, hidden_SF: torch.Tensor, row_dtype: torch.dtype) -> 
     return silu_gated(hidden_SF, row_dtype) if module._apply_gate is silu_gated else module._apply_gate(hidden_SF)
 
 
-def _add_rows(out_TD: torch.Tensor, routed: _Routed, chunk: ExpertChunk, answer_SD: torch.Tensor) -> None:
-    """Adds in float32, expert after expert; `answer_SD` is weighted already but on a CPU."""
+def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: ExpertChunk, answer_SD: torch.Tensor, fresh: bool) -> None:
+    """Adds in float32, expert after expert, to nothing if fresh; `answer_SD` is weighted already but on a CPU."""
     if out_TD.device.type == "cpu":
-        weights_S, places_TK = routed.weights_S.float().numpy(), routed.places_TK.numpy()
+        weights_S, places_TK, first = routing.weights_S.numpy(), routing.places_TK.numpy(), chunk.pairs.start
         threads = numba_threads()
-        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), chunk.pairs.start, threads)
+        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), first, fresh, threads)
         return
-    tokens_S = routed.tokens_S[chunk.pairs]
+    if fresh:
+        out_TD.zero_()
+    tokens_S = routing.tokens_S[chunk.pairs]
     for tokens, answer in zip(tokens_S.split(chunk.counts), answer_SD.split(chunk.counts), strict=True):
         out_TD.index_add_(0, tokens, answer)  # one expert has a token at most once: no two adds race

@@ -28,7 +28,8 @@ Addresses and offsets are in bytes, strides in elements.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numba
 import numpy as np
@@ -157,6 +158,33 @@ class _State(NamedTuple):
     acc: int  # [rows, out_stride] weighted values
 
 
+@dataclass(frozen=True)
+class _Tasks:
+    """How the spans of a batch are cut: the same for each KV head."""
+
+    queries: int  # of a span, at most
+    begins: npt.NDArray[np.int64]  # [S] the first token that the first query sees
+    spans: npt.NDArray[np.int64]  # [N] which span a task is of
+    first_tasks: npt.NDArray[np.int64]  # [S + 1]
+    first_states: npt.NDArray[np.int64]  # [S + 1] of the tasks of spans that are more than one
+
+    @classmethod
+    def of(cls, spans: QuerySpans, window: int, page_tokens: int) -> _Tasks:
+        """A piece each of what a single query sees; several queries have more to do at once. Cut once for all layers
+        that see as far."""
+        if (own := (window, page_tokens)) in spans.derived:
+            return cast(_Tasks, spans.derived[own])
+        begins = np.maximum(spans.kv_lengths - spans.queries - window + 1, 0)
+        piece = _piece_tokens(page_tokens)
+        tasks = np.where(spans.queries > 1, 1, (spans.kv_lengths - 1) // piece - begins // piece + 1)
+        first_tasks, first_states = (
+            np.cumsum(np.append(0, counts)) for counts in (tasks, np.where(tasks > 1, tasks, 0))
+        )  # fmt: skip
+        of_span = np.repeat(np.arange(len(tasks)), tasks)
+        spans.derived[own] = cut = cls(int(spans.queries.max(initial=1)), begins, of_span, first_tasks, first_states)
+        return cut
+
+
 def kernel_reads(query: torch.Tensor, keys: torch.Tensor) -> bool:
     """Whether the kernel can serve these tensors; otherwise the torch way does."""
     return query.device.type == "cpu" and keys.device.type == "cpu" and keys.dtype in KV_DTYPES
@@ -170,13 +198,9 @@ def attend_pages(
     values_PGCD, *scales = others or [keys_PGCD]  # over latents, what is kept is both
     heads, value_dim = out_THD.shape[1:]
     groups = keys_PGCD.shape[1] if others else _head_blocks(heads)
-    rows = heads // groups * int(spans.queries.max(initial=1))
     window = rule.sliding_window or _NO_WINDOW
-    begins = np.maximum(spans.kv_lengths - spans.queries - window + 1, 0)
-    tasks = _tasks(spans, begins, keys_PGCD.shape[2])
-    first_tasks, first_states = (
-        np.cumsum(np.append(0, counts)) for counts in (tasks, np.where(tasks > 1, tasks, 0))
-    )  # fmt: skip
+    tasks = _Tasks.of(spans, window, keys_PGCD.shape[2])
+    rows = heads // groups * tasks.queries
     in_place = out_THD.dtype == torch.float32 and out_THD.is_contiguous()
     answer_THD = out_THD if in_place else torch.empty(out_THD.shape)
     sinks_H = torch.full((heads,), -math.inf) if rule.sinks_H is None else rule.sinks_H.float()
@@ -191,18 +215,18 @@ def attend_pages(
         *([scale_PGC.numpy() for scale_PGC in scales] or [_NO_SCALES, _NO_SCALES]),
         spans.rows,
         spans.queries,
-        begins,
+        tasks.begins,
         spans.kv_lengths,
         spans.page_starts,
         spans.page_ids,
-        first_tasks,
-        np.repeat(np.arange(len(tasks)), tasks),
-        first_states,
+        tasks.first_tasks,
+        tasks.spans,
+        tasks.first_states,
         np.float32(rule.scaling),
         np.float32(rule.softcap or 0),
         sinks_H.numpy(),
-        np.zeros(1 + len(tasks) * groups, np.int64),
-        torch.empty(first_states[-1] * groups, _state_floats(rows, value_dim)).numpy(),
+        np.zeros(1 + len(tasks.begins) * groups, np.int64),
+        torch.empty(tasks.first_states[-1] * groups, _state_floats(rows, value_dim)).numpy(),
         torch.zeros(threads, _scratch_floats(rows, query_THD.shape[2], value_dim)).numpy(),
         np.zeros((threads, 3 * DEPTH), np.int64),
         answer_THD.numpy(),
@@ -215,12 +239,6 @@ def attend_pages(
 def _head_blocks(heads: int) -> int:
     """Into how many blocks of equal size query heads over latents are cut."""
     return next(blocks for blocks in range(-(-heads // _BLOCK_HEADS), heads + 1) if heads % blocks == 0)
-
-
-def _tasks(spans: QuerySpans, begins: npt.NDArray[np.int64], page_tokens: int) -> npt.NDArray[np.int64]:
-    """`[S]` for each KV head: a piece each of what a single query sees; several queries have more to do at once."""
-    piece = _piece_tokens(page_tokens)
-    return np.where(spans.queries > 1, 1, (spans.kv_lengths - 1) // piece - begins // piece + 1)
 
 
 def _as_numpy(pages: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,7 @@ class QuerySpans:
     kv_lengths: Ints  # [S] tokens of the sequence up to and including the last query
     page_starts: Ints  # [S + 1]
     page_ids: Ints
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # by whoever computes with them
 
     @classmethod
     def of(cls, spans: Iterable[Span], most: int = 1) -> QuerySpans:
