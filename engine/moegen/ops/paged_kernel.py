@@ -284,7 +284,7 @@ def _attend_all(  # type: ignore[no-untyped-def]
 def _work(kind, shape, scratch, spans, query, scaling, cap, sinks, counter, states, out):  # type: ignore[no-untyped-def]
     """Takes tasks until none is left; whoever ends the last of a span's KV head folds them and answers."""
     state_bytes = _state_floats(shape.rows, shape.value_dim) * _FLOAT
-    number = take_number(counter)
+    number, asked = take_number(counter), 0
     while number < spans.tasks:
         task = _task(number, shape, spans)
         first_task = get(spans.first_tasks + 8 * task.span)
@@ -295,7 +295,7 @@ def _work(kind, shape, scratch, spans, query, scaling, cap, sinks, counter, stat
         state = _state(shape, first_state + (task.number - first_task) * step)
         row = (get(spans.rows + 8 * task.span) * shape.groups + task.group) * shape.repeat
         _take_queries(shape, scratch, task, query, row, scaling)
-        number = _attend(kind, shape, scratch, spans, task, cap, state, counter)
+        number, asked = _attend(kind, shape, scratch, spans, task, cap, state, counter, asked)
         if take_number(counter + 8 * (1 + task.span * shape.groups + task.group)) + 1 == tasks:
             state = _state(shape, first_state)
             for n in range(1, tasks):
@@ -441,17 +441,19 @@ def _answer(shape, task, state, sinks, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _attend(kind, shape, scratch, spans, task, cap, state, counter):  # type: ignore[no-untyped-def]
-    """Works through a task, block by block, and returns the number of the thread's next one.
+def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # type: ignore[no-untyped-def]
+    """Works through a task, block by block; returns the number of the thread's next one, and how far its keys were
+    asked for, as those of this one were up to the token `asked`.
 
     Memory is busy all the time: while a block's keys are scored its values are on their way, and while its values are
-    added the keys of the next block, which may be the next task's.
+    added as many keys, a block ahead of those that are scored: of this task and then of the next one.
     """
     all_rows, piece = task.queries * shape.repeat, _piece_tokens(shape.page_tokens)
     _begin(shape, all_rows, state)
     key_bytes, value_bytes = shape.key_dim * shape.size, shape.value_stride * shape.size
     before, folded = _state(shape, scratch.before), False
     start, number, then = task.start, -1, task
+    asked = max(asked, _block_end(shape, start, task.end))
     while start < task.end:
         if start % piece == 0 and start > task.start:
             if not folded:
@@ -476,32 +478,42 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter):  # type: ig
         _soften(shape, scratch, task, rows, start, stop, cap, state)
         if shape.size == 1:
             _scale_columns(shape, scratch, spans, task, rows, start, stop, spans.value_scales)
-        following = stop
-        if stop == task.end:
-            number = take_number(counter)
-            then = _task(min(number, spans.tasks - 1), shape, spans)
-            following = then.start
         panel_rows = min(shape.page_tokens, DEPTH)
         panels = (stop - start + panel_rows - 1) // panel_rows
         for n in range(panels):
-            ahead = min(following + n * panel_rows, then.end - 1)
+            if asked >= then.end and number < 0:
+                number = take_number(counter)
+                then = _task(min(number, spans.tasks - 1), shape, spans)
+                asked = then.start
             put(scratch.panels + n * 8, _place(shape, spans, task, start + n * panel_rows, spans.values, value_bytes))
+            ahead = min(asked, then.end - 1)
             put(scratch.aheads + n * 8, _place(shape, spans, then, ahead, spans.keys, key_bytes))
-            if shape.size == 1:
-                fetch(_place(shape, spans, then, ahead, spans.key_scales, _FLOAT), panel_rows * _FLOAT)
-                fetch(_place(shape, spans, then, ahead, spans.value_scales, _FLOAT), panel_rows * _FLOAT)
-        if stop == task.end:  # the next task may begin with more pages than this one ends with
-            left = following + panels * panel_rows
-            while left < _block_end(shape, following, then.end):
-                fetch(_place(shape, spans, then, left, spans.keys, key_bytes), panel_rows * key_bytes)
-                left += panel_rows
+            _fetch_scales(shape, spans, then, ahead, panel_rows)
+            asked += panel_rows
+        if stop == task.end:  # the next task may begin with more than this one left time to ask for
+            if number < 0:
+                number = take_number(counter)
+                then = _task(min(number, spans.tasks - 1), shape, spans)
+                asked = then.start
+            while asked < _block_end(shape, then.start, then.end):
+                fetch(_place(shape, spans, then, asked, spans.keys, key_bytes), panel_rows * key_bytes)
+                _fetch_scales(shape, spans, then, asked, panel_rows)
+                asked += panel_rows
         _add_values(kind, shape, scratch, rows, stop - start, panel_rows, state.acc)
         start = stop
     if folded:
         _fold(shape, all_rows, before, state)
         _begin(shape, all_rows, state)
         _fold(shape, all_rows, state, before)
-    return number
+    return number, asked
+
+
+@_jit
+def _fetch_scales(shape, spans, task, token, tokens):  # type: ignore[no-untyped-def]
+    """Of codes: those of keys and of values are few, and asked for together."""
+    if shape.size == 1:
+        fetch(_place(shape, spans, task, token, spans.key_scales, _FLOAT), tokens * _FLOAT)
+        fetch(_place(shape, spans, task, token, spans.value_scales, _FLOAT), tokens * _FLOAT)
 
 
 @_jit
