@@ -167,7 +167,9 @@ def main() -> None:
         "--probe", choices=("once", "always", "never"), default="always",
         help="before all cases, before each of them (a shared machine's speed wanders), or not at all",
     )  # fmt: skip
-    parser.add_argument("--disk-bytes-per-s", type=float, metavar="RATE", help="hold the disk to it")
+    parser.add_argument(
+        "--disk-bytes-per-s", type=lambda text: int(float(text)), metavar="RATE", help="hold it to that"
+    )
     parser.add_argument("--folder", type=Path, help="keep checkpoints here, for later runs (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     args = parser.parse_args()
@@ -176,9 +178,8 @@ def main() -> None:
         for name in args.only:
             if not (folder / name / "config.json").exists():
                 save_checkpoint(folder / name, GEOMETRIES[name])
-        disk_bytes_per_s = args.disk_bytes_per_s and int(args.disk_bytes_per_s)
         results = []
-        with Cgroup(disk_bytes_per_s=disk_bytes_per_s, folder=folder) as cgroup:
+        with Cgroup(disk_bytes_per_s=args.disk_bytes_per_s, folder=folder) as cgroup:
             bench = Bench(folder, cgroup, args.seconds)
             for case in cases():
                 if case.geometry not in args.only or case.share not in args.shares:
@@ -187,7 +188,7 @@ def main() -> None:
                     bench.moegen("probe", "--device", "cpu", "--model", str(folder / case.geometry))
                 results.append(bench.run(case))
                 print(line(case, results[-1]), flush=True)
-                report(results, disk_bytes_per_s, args.out)  # after every case: a run cut short keeps its cases
+                report(results, args.disk_bytes_per_s, args.out)  # after every case: a run cut short keeps its cases
 
 
 def line(case: Case, result: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def main() -> None:
     desk = Desk()
     if desk.setting.tiny:
         for module, name, value in SMALL:
-            assert hasattr(module, name)
+            assert hasattr(module, name), name
             setattr(module, name, value)
     machine = probe(desk.setting.device)
     own = device_memory_bytes_per_s(torch.device(desk.setting.device), (1 << 20) if desk.setting.tiny else (4 << 30))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path("/sys/fs/cgroup")
+_ROOT = Path("/sys/fs/cgroup")
+_V1 = (_ROOT / "memory").is_dir()
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,25 @@ class Cgroup:
     folder: Path = Path("/")
 
     def __enter__(self) -> Cgroup:
+        made: list[Path] = []
         try:
+            for folder in self._folders:
+                folder.mkdir()
+                made.append(folder)
             for place, limit in self._limits:
-                place.parent.mkdir(exist_ok=True)
                 place.write_text(limit)
         except OSError as error:
-            self.__exit__()
-            raise SystemExit(f"this benchmark needs a cgroup that it may create: {error}; run it as root") from None
+            for folder in made:
+                folder.rmdir()
+            raise SystemExit(
+                f"this benchmark needs a cgroup that it may create, with the memory and io controllers: {error}; run "
+                "it as root"
+            ) from None
         return self
 
     def __exit__(self, *exception: object) -> None:
         for folder in self._folders:
-            if folder.is_dir():
-                folder.rmdir()
+            folder.rmdir()
 
     @property
     def peak_bytes(self) -> int:
@@ -63,23 +70,29 @@ class Cgroup:
             name = "memory.limit_in_bytes" if _V1 else "memory.max"
             limits.append((_own_folder("memory") / name, str(self.memory_bytes)))
         if self.disk_bytes_per_s is not None:
-            device = self.folder.stat().st_dev
-            which, rate = f"{os.major(device)}:{os.minor(device)}", self.disk_bytes_per_s
+            disk, rate = _disk_of(self.folder), self.disk_bytes_per_s
             limits.append(
-                (_own_folder("blkio") / "blkio.throttle.read_bps_device", f"{which} {rate}")
+                (_own_folder("blkio") / "blkio.throttle.read_bps_device", f"{disk} {rate}")
                 if _V1
-                else (_own_folder("io") / "io.max", f"{which} rbps={rate}")
+                else (_own_folder("io") / "io.max", f"{disk} rbps={rate}")
             )
         return limits
 
     @property
-    def _folders(self) -> set[Path]:
+    def _folders(self) -> list[Path]:
         """In v1, one for each kind of limit."""
-        return {place.parent for place, _ in self._limits}
-
-
-_V1 = (ROOT / "memory").is_dir()
+        return list(dict.fromkeys(place.parent for place, _ in self._limits))
 
 
 def _own_folder(controller: str) -> Path:
-    return (ROOT / controller if _V1 else ROOT) / f"moegen-bench-{os.getpid()}"
+    return (_ROOT / controller if _V1 else _ROOT) / f"moegen-bench-{os.getpid()}"
+
+
+def _disk_of(folder: Path) -> str:
+    """Its numbers, as in "254:0": limits are those of whole disks, not of their partitions."""
+    device = folder.stat().st_dev
+    found = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    if not found.exists():
+        raise SystemExit(f"{folder}: is on no disk of its own (tmpfs, an overlay, Btrfs): give a folder that is on one")
+    whole = found.resolve().parent if (found / "partition").exists() else found
+    return (whole / "dev").read_text().strip()

@@ -27,6 +27,12 @@ def test_pairs_are_sorted_by_expert_then_by_token(tokens: int, top_k: int) -> No
     assert torch.equal(routing.ids_S.clamp(max=experts)[routing.places_TK], expert_of_TK.sort(dim=1).values)
     assert torch.equal(routing.tokens_S[routing.places_TK], torch.arange(tokens)[:, None].expand(-1, top_k))
 
+    by_torch, pairs = Routing._by_torch(ids_TK, weights_TK, experts), sum(routing.counts_E)
+    assert by_torch.counts_E == routing.counts_E
+    for name in ("tokens_S", "ids_S", "weights_S"):
+        assert torch.equal(getattr(by_torch, name)[:pairs], getattr(routing, name)[:pairs])
+    assert torch.equal(by_torch.places_TK.clamp(max=pairs), routing.places_TK.clamp(max=pairs))
+
 
 def test_a_token_may_name_an_expert_twice() -> None:
     routing = Routing.of(torch.tensor([[2, 0, 2], [0, 2, 2]]), torch.arange(6.0).view(2, 3), 3)

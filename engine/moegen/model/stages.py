@@ -17,7 +17,7 @@ from torch import nn
 
 from moegen.model.seams import PassContext
 from moegen.model.sparse import cut
-from moegen.ops.expert_weights import empty_rows
+from moegen.ops.expert_weights import empty_rows, laid_out
 from moegen.schedule.step import AttentionBatch
 
 _PARTS = (  # by the names that families have for them
@@ -72,7 +72,9 @@ class StagedLayer(nn.Module):
             return after_1tD, next_norm(after_1tD)
 
         if len(batches) == 1:
-            return one(batches[0])
+            after_1TD, normed_1TD = one(batches[0])
+            on_cpu = normed_1TD.device.type == "cpu"  # where few norms lay rows out themselves
+            return after_1TD, laid_out(normed_1TD[0], normed_1TD.dtype)[None] if on_cpu else normed_1TD
         after_1TD, normed_1TD = torch.empty_like(hidden_1TD), empty_rows(hidden_1TD)
         for batch in batches:
             own = slice(batch.first, batch.first + batch.length)

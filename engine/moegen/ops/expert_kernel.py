@@ -319,8 +319,8 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
 def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, fresh, threads):  # type: ignore[no-untyped-def]
     """`out[t] += weights[s] * answer[s - first]` for s in `places[t]`, one after another, where `answer` has that row.
 
-    `=` if fresh. Threads share the tokens: a token's row stays in a core's cache until all of its experts are added,
-    and is read and written once for several of them.
+    If fresh, to 0: what was in `out` does not count. Threads share the tokens: a token's row stays in a core's cache
+    until all of its experts are added, and is read and written once for several of them.
     """
     tokens, width = out_TD.shape
     for thread in numba.prange(threads):
@@ -336,15 +336,17 @@ def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, fresh, thr
                 out_TD[t, :] = 0
             done = 0
             while done + 4 <= found:
-                a, b, c, d = rows[done], rows[done + 1], rows[done + 2], rows[done + 3]
-                w, x, y, z = weights_S[first + a], weights_S[first + b], weights_S[first + c], weights_S[first + d]
-                for i in range(width):
-                    sum_ = out_TD[t, i] + w * answer_SD[a, i]
-                    sum_ += x * answer_SD[b, i]
-                    sum_ += y * answer_SD[c, i]
-                    out_TD[t, i] = sum_ + z * answer_SD[d, i]
+                r0, r1, r2, r3 = rows[done], rows[done + 1], rows[done + 2], rows[done + 3]
+                w0, w1, w2, w3 = (weights_S[first + r0], weights_S[first + r1], weights_S[first + r2],
+                                  weights_S[first + r3])  # fmt: skip
+                for d in range(width):
+                    sum_ = out_TD[t, d] + w0 * answer_SD[r0, d]
+                    sum_ += w1 * answer_SD[r1, d]
+                    sum_ += w2 * answer_SD[r2, d]
+                    out_TD[t, d] = sum_ + w3 * answer_SD[r3, d]
                 done += 4
             for n in range(done, found):
-                w, a = weights_S[first + rows[n]], rows[n]
-                for i in range(width):
-                    out_TD[t, i] += w * answer_SD[a, i]
+                row = rows[n]
+                weight = weights_S[first + row]
+                for d in range(width):
+                    out_TD[t, d] += weight * answer_SD[row, d]

@@ -171,8 +171,8 @@ class _Tasks:
     @classmethod
     def of(cls, spans: QuerySpans, window: int, page_tokens: int) -> _Tasks:
         """A piece each of what a single query sees; several queries have more to do at once. Cut once for all layers
-        that see as far."""
-        if (own := (window, page_tokens)) in spans.derived:
+        that see as far, but for latents, whose spans are made anew."""
+        if (own := (_Tasks, window, page_tokens)) in spans.derived:
             return cast(_Tasks, spans.derived[own])
         begins = np.maximum(spans.kv_lengths - spans.queries - window + 1, 0)
         piece = _piece_tokens(page_tokens)
@@ -480,6 +480,8 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
             _scale_columns(shape, scratch, spans, task, rows, start, stop, spans.value_scales)
         panel_rows = min(shape.page_tokens, DEPTH)
         panels = (stop - start + panel_rows - 1) // panel_rows
+        if number < 0:  # after a first block that was short
+            asked = max(asked, stop)
         for n in range(panels):
             if asked >= then.end and number < 0:
                 number = take_number(counter)
@@ -489,7 +491,8 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
             ahead = min(asked, then.end - 1)
             put(scratch.aheads + n * 8, _place(shape, spans, then, ahead, spans.keys, key_bytes))
             _fetch_scales(shape, spans, then, ahead, panel_rows)
-            asked += panel_rows
+            if start + (n + 1) * panel_rows <= stop:  # a short panel's time is enough for a part
+                asked = _after_panel(shape, asked)
         if stop == task.end:  # the next task may begin with more than this one left time to ask for
             if number < 0:
                 number = take_number(counter)
@@ -498,7 +501,7 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
             while asked < _block_end(shape, then.start, then.end):
                 fetch(_place(shape, spans, then, asked, spans.keys, key_bytes), panel_rows * key_bytes)
                 _fetch_scales(shape, spans, then, asked, panel_rows)
-                asked += panel_rows
+                asked = _after_panel(shape, asked)
         _add_values(kind, shape, scratch, rows, stop - start, panel_rows, state.acc)
         start = stop
     if folded:
@@ -506,6 +509,13 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
         _begin(shape, all_rows, state)
         _fold(shape, all_rows, state, before)
     return number, asked
+
+
+@_jit
+def _after_panel(shape, token):  # type: ignore[no-untyped-def]
+    """Where the panel after the one that begins with `token` begins: with a page, if not in one."""
+    page_end = token // shape.page_tokens * shape.page_tokens + shape.page_tokens
+    return min(token + min(shape.page_tokens, DEPTH), page_end)
 
 
 @_jit

@@ -36,6 +36,10 @@ class Routing:
             ids, weights = expert_ids_TK.contiguous().numpy(), weights_TK.float().contiguous().numpy()
             counts_E, *sorted_pairs = _sorted_by_counting(ids, weights, experts)
             return cls(tuple(counts_E.tolist()), *map(torch.from_numpy, sorted_pairs))
+        return cls._by_torch(expert_ids_TK, weights_TK, experts)
+
+    @classmethod
+    def _by_torch(cls, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: int) -> Routing:
         ids_S, order_S = expert_ids_TK.flatten().sort(stable=True)
         places_S = torch.empty_like(order_S)
         places_S[order_S] = torch.arange(len(order_S), device=order_S.device)

@@ -55,7 +55,7 @@ class QuerySpans:
     kv_lengths: Ints  # [S] tokens of the sequence up to and including the last query
     page_starts: Ints  # [S + 1]
     page_ids: Ints
-    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # by whoever computes with them
+    derived: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)  # from the others
 
     @classmethod
     def of(cls, spans: Iterable[Span], most: int = 1) -> QuerySpans:
@@ -78,6 +78,8 @@ class QuerySpans:
 
     def part(self, first: int, end: int) -> QuerySpans:
         """Spans `first` to before `end`, of one query each."""
+        if first == 0 and end == len(self.rows):
+            return self
         starts = self.page_starts[first : end + 1]
         return QuerySpans(
             self.rows[first:end],
