@@ -64,21 +64,18 @@ class StagedLayer(nn.Module):
         norm, mixer, next_norm, _ = parts
 
         def one(batch: AttentionBatch, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-            own = slice(batch.first, batch.first + batch.length)
-            x_1tD = hidden_1TD[:, own]
-            narrowed = {name: cut(value, own, moegen.tokens) for name, value in kwargs.items()}
+            x_1tD = hidden_1TD[:, batch.own]
+            narrowed = {name: cut(value, batch.own, moegen.tokens) for name, value in kwargs.items()}
             attended = mixer(hidden_states=norm(x_1tD), moegen=moegen.within(batch), **narrowed)
             after_1tD = torch.add(x_1tD, _first(attended), out=out)
             return after_1tD, next_norm(after_1tD)
 
         if len(batches) == 1:
             after_1TD, normed_1TD = one(batches[0])
-            on_cpu = normed_1TD.device.type == "cpu"  # where few norms lay rows out themselves
-            return after_1TD, laid_out(normed_1TD[0], normed_1TD.dtype)[None] if on_cpu else normed_1TD
+            return after_1TD, laid_out(normed_1TD[0], normed_1TD.dtype)[None]
         after_1TD, normed_1TD = torch.empty_like(hidden_1TD), empty_rows(hidden_1TD)
         for batch in batches:
-            own = slice(batch.first, batch.first + batch.length)
-            _, normed_1TD[:, own] = one(batch, after_1TD[:, own])
+            _, normed_1TD[:, batch.own] = one(batch, after_1TD[:, batch.own])
         return after_1TD, normed_1TD
 
 

@@ -316,11 +316,11 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, fresh, threads):  # type: ignore[no-untyped-def]
+def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, threads):  # type: ignore[no-untyped-def]
     """`out[t] += weights[s] * answer[s - first]` for s in `places[t]`, one after another, where `answer` has that row.
 
-    If fresh, to 0: what was in `out` does not count. Threads share the tokens: a token's row stays in a core's cache
-    until all of its experts are added, and is read and written once for several of them.
+    The first pairs of all (`first` 0) are added to 0: what was in `out` does not count. Threads share the tokens: a
+    token's row stays in a core's cache until all of its experts are added, and is read and written once for several.
     """
     tokens, width = out_TD.shape
     for thread in numba.prange(threads):
@@ -332,7 +332,7 @@ def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, fresh, thr
                 if 0 <= row < answer_SD.shape[0]:
                     rows[found] = row
                     found += 1
-            if fresh:
+            if first == 0:
                 out_TD[t, :] = 0
             done = 0
             while done + 4 <= found:

@@ -161,7 +161,9 @@ class PlainMatrix:
 
 
 def laid_out(x_TI: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """In `dtype`, rows as the CPU's kernel reads them; returned as it is where it lies so."""
+    """In `dtype`, rows as the CPU's kernel reads them, or as they are on other devices; itself where it lies so."""
+    if x_TI.device.type != "cpu":
+        return x_TI.to(dtype)
     width = _row_elements(x_TI.shape[1], dtype)
     if x_TI.dtype == dtype and x_TI.stride() == (width, 1) and x_TI.storage_offset() % width == 0:
         return x_TI

@@ -62,7 +62,7 @@ def grouped_experts(
     the order of their ids, in float32, whatever else is in the pass: the sum does not depend on the batch.
     """
     routing = Routing.of(expert_ids_TK, weights_TK, module.num_experts)
-    starts, fresh = routing.starts, True
+    starts = routing.starts
     out_TD = torch.empty(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
     at_once, laid_TD = MicroBatch.of(expert_tokens, "expert"), hidden_TD
     for group in supply.lend(routing.counts_E):
@@ -71,9 +71,9 @@ def grouped_experts(
         rest = ExpertChunk(routing.counts_E[group.first : end], slice(starts[group.first], starts[end]))
         while rest.total:
             chunk, answer_SD = at_once.run(partial(_answer, module, group, laid_TD, routing, rest), rest.total)
-            _add_rows(out_TD, routing, chunk, answer_SD, fresh)
-            rest, fresh = rest.after(chunk), False
-    return (out_TD.zero_() if fresh else out_TD).to(hidden_TD.dtype)
+            _add_rows(out_TD, routing, chunk, answer_SD)
+            rest = rest.after(chunk)
+    return (out_TD if starts[-1] else out_TD.zero_()).to(hidden_TD.dtype)
 
 
 def _answer(
@@ -110,14 +110,14 @@ def _activated(module: Any, hidden_SF: torch.Tensor, row_dtype: torch.dtype) -> 
     return silu_gated(hidden_SF, row_dtype) if module._apply_gate is silu_gated else module._apply_gate(hidden_SF)
 
 
-def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: ExpertChunk, answer_SD: torch.Tensor, fresh: bool) -> None:
-    """Adds in float32, expert after expert, to nothing if fresh; `answer_SD` is weighted already but on a CPU."""
+def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: ExpertChunk, answer_SD: torch.Tensor) -> None:
+    """Adds in float32, expert after expert, the first pairs to 0; `answer_SD` is weighted already but on a CPU."""
     if out_TD.device.type == "cpu":
-        weights_S, places_TK, first = routing.weights_S.numpy(), routing.places_TK.numpy(), chunk.pairs.start
+        weights_S, places_TK = routing.weights_S.numpy(), routing.places_TK.numpy()
         threads = numba_threads()
-        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), first, fresh, threads)
+        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), chunk.pairs.start, threads)
         return
-    if fresh:
+    if chunk.pairs.start == 0:
         out_TD.zero_()
     tokens_S = routing.tokens_S[chunk.pairs]
     for tokens, answer in zip(tokens_S.split(chunk.counts), answer_SD.split(chunk.counts), strict=True):

@@ -141,6 +141,14 @@ class _Task(NamedTuple):
     first_id: int  # where the sequence's page ids begin
 
 
+class _Ahead(NamedTuple):
+    """How far keys have been asked for."""
+
+    number: int  # of the thread's next task, once all keys of the one at hand have been; -1 before
+    task: _Task  # which of the two the next key is of
+    token: int  # whose key is the next one
+
+
 class _Rows(NamedTuple):
     """Some rows of a task: those of queries `first` to before `end`, and how many of them a product takes at once."""
 
@@ -452,8 +460,8 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
     _begin(shape, all_rows, state)
     key_bytes, value_bytes = shape.key_dim * shape.size, shape.value_stride * shape.size
     before, folded = _state(shape, scratch.before), False
-    start, number, then = task.start, -1, task
-    asked = max(asked, _block_end(shape, start, task.end))
+    start = task.start
+    ahead = _Ahead(-1, task, max(asked, _block_end(shape, start, task.end)))
     while start < task.end:
         if start % piece == 0 and start > task.start:
             if not folded:
@@ -466,10 +474,10 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
             half = min(token + LANES, stop - 1)  # it may begin another page
             key = _place(shape, spans, task, token, spans.keys, key_bytes)
             half_key = _place(shape, spans, task, half, spans.keys, key_bytes)
-            ahead = token if _has_values(shape) else min(token + BLOCK, task.end - 1)
-            half_ahead = min(ahead + LANES, task.end - 1)
-            put(scratch.aheads, _place(shape, spans, task, ahead, spans.values, value_bytes))
-            put(scratch.aheads + 8, _place(shape, spans, task, half_ahead, spans.values, value_bytes))
+            value = token if _has_values(shape) else min(token + BLOCK, task.end - 1)
+            half_value = min(value + LANES, task.end - 1)
+            put(scratch.aheads, _place(shape, spans, task, value, spans.values, value_bytes))
+            put(scratch.aheads + 8, _place(shape, spans, task, half_value, spans.values, value_bytes))
             rows = _rows(shape, task, token, min(token + BLOCK, stop))
             _score(kind, shape, scratch, rows, key, half_key, min(stop - token, BLOCK), token - start)
         rows = _rows(shape, task, start, stop)
@@ -478,44 +486,56 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
         _soften(shape, scratch, task, rows, start, stop, cap, state)
         if shape.size == 1:
             _scale_columns(shape, scratch, spans, task, rows, start, stop, spans.value_scales)
-        panel_rows = min(shape.page_tokens, DEPTH)
-        panels = (stop - start + panel_rows - 1) // panel_rows
-        if number < 0:  # after a first block that was short
-            asked = max(asked, stop)
-        for n in range(panels):
-            if asked >= then.end and number < 0:
-                number = take_number(counter)
-                then = _task(min(number, spans.tasks - 1), shape, spans)
-                asked = then.start
-            put(scratch.panels + n * 8, _place(shape, spans, task, start + n * panel_rows, spans.values, value_bytes))
-            ahead = min(asked, then.end - 1)
-            put(scratch.aheads + n * 8, _place(shape, spans, then, ahead, spans.keys, key_bytes))
-            _fetch_scales(shape, spans, then, ahead, panel_rows)
-            if start + (n + 1) * panel_rows <= stop:  # a short panel's time is enough for a part
-                asked = _after_panel(shape, asked)
-        if stop == task.end:  # the next task may begin with more than this one left time to ask for
-            if number < 0:
-                number = take_number(counter)
-                then = _task(min(number, spans.tasks - 1), shape, spans)
-                asked = then.start
-            while asked < _block_end(shape, then.start, then.end):
-                fetch(_place(shape, spans, then, asked, spans.keys, key_bytes), panel_rows * key_bytes)
-                _fetch_scales(shape, spans, then, asked, panel_rows)
-                asked = _after_panel(shape, asked)
-        _add_values(kind, shape, scratch, rows, stop - start, panel_rows, state.acc)
+        ahead = _list_panels(shape, scratch, spans, task, start, stop, ahead, counter)
+        _add_values(kind, shape, scratch, rows, stop - start, _panel_rows(shape), state.acc)
         start = stop
     if folded:
         _fold(shape, all_rows, before, state)
         _begin(shape, all_rows, state)
         _fold(shape, all_rows, state, before)
-    return number, asked
+    return ahead.number, ahead.token
+
+
+@_jit
+def _list_panels(shape, scratch, spans, task, start, stop, ahead, counter):  # type: ignore[no-untyped-def]
+    """Where the values of the tokens `start` to `stop` lie, panel by panel, and which keys are asked for beside each,
+    into the tables; how far keys are asked for then."""
+    number, then, asked = ahead
+    rows, key_bytes, value_bytes = (
+        _panel_rows(shape), shape.key_dim * shape.size, shape.value_stride * shape.size
+    )  # fmt: skip
+    if number < 0:  # after a first block that was short
+        asked = max(asked, stop)
+    for n in range((stop - start + rows - 1) // rows):
+        if asked >= then.end and number < 0:
+            number = take_number(counter)
+            then = _task(min(number, spans.tasks - 1), shape, spans)
+            asked = then.start
+        token = min(asked, then.end - 1)
+        put(scratch.panels + n * 8, _place(shape, spans, task, start + n * rows, spans.values, value_bytes))
+        put(scratch.aheads + n * 8, _place(shape, spans, then, token, spans.keys, key_bytes))
+        _fetch_scales(shape, spans, then, token, rows)
+        if start + (n + 1) * rows <= stop:  # a short panel's time is enough for a part
+            asked = _after_panel(shape, asked)
+    if stop == task.end:  # the next task may begin with more than this one left time to ask for
+        while asked < _block_end(shape, then.start, then.end):
+            fetch(_place(shape, spans, then, asked, spans.keys, key_bytes), rows * key_bytes)
+            _fetch_scales(shape, spans, then, asked, rows)
+            asked = _after_panel(shape, asked)
+    return _Ahead(number, then, asked)
+
+
+@_jit
+def _panel_rows(shape):  # type: ignore[no-untyped-def]
+    """Tokens of a page, or of a part of it, whose values are a panel of a product."""
+    return min(shape.page_tokens, DEPTH)
 
 
 @_jit
 def _after_panel(shape, token):  # type: ignore[no-untyped-def]
     """Where the panel after the one that begins with `token` begins: with a page, if not in one."""
     page_end = token // shape.page_tokens * shape.page_tokens + shape.page_tokens
-    return min(token + min(shape.page_tokens, DEPTH), page_end)
+    return min(token + _panel_rows(shape), page_end)
 
 
 @_jit

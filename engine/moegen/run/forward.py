@@ -68,7 +68,7 @@ class Pass:
             return paged_attention(query_THD[own], pages, batch, rule, new=kept)
 
         def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
-            return torch.cat([one(batch, slice(batch.first, batch.first + batch.length)) for batch in batches])
+            return torch.cat([one(batch, batch.own) for batch in batches])
 
         with self.observer.timed("attention"):
             return self.in_batches(every) if self.current is None else one(self.current, slice(None))
@@ -78,8 +78,9 @@ class Pass:
         pages = self.pool.layers[layer]
 
         def of(batch: AttentionBatch) -> torch.Tensor:
-            own = slice(batch.first, batch.first + batch.length)
-            return layer.choose({name: cut(value, own, self.tokens) for name, value in given.items()}, pages, batch)
+            return layer.choose(
+                {name: cut(value, batch.own, self.tokens) for name, value in given.items()}, pages, batch
+            )
 
         def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
             found = [of(batch) for batch in batches]
@@ -95,7 +96,7 @@ class Pass:
         assert states is not None, "a model with recurrent layers runs with slots"
 
         def every(batches: Sequence[AttentionBatch]) -> Any:
-            cut = (hidden_1TD[:, batch.first : batch.first + batch.length] for batch in batches)
+            cut = (hidden_1TD[:, batch.own] for batch in batches)
             return _joined([recur(layer, x, batch, states, self.step) for x, batch in zip(cut, batches, strict=True)])
 
         with self.observer.timed("attention"):

@@ -105,6 +105,11 @@ class AttentionBatch:
     write_slots: Ints  # [length] its place in that page
     others: tuple[AttentionBatch, ...] = ()  # the same tokens in the pages of the groups of layers after the first
 
+    @property
+    def own(self) -> slice:
+        """Its tokens among the pass's."""
+        return slice(self.first, self.first + self.length)
+
     def of_group(self, group: int) -> AttentionBatch:
         """With the pages of this group of layers."""
         return self.others[group - 1] if group else self
