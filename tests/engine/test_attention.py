@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from moegen.ops.attention import AttentionRule, paged_attention
 from moegen.ops.kv_pages import CodedPages, LayerPages
 from moegen.ops.paged_kernel import kernel_reads
+from moegen.ops.vector_ir import DOTS
 from moegen.ops.vectors import BLOCK
 from moegen.schedule.pages import PageLedger
 from moegen.schedule.sequence import Request, Sequence
@@ -213,7 +215,10 @@ LENGTHS = (1, 31, 32, 33, 128, 129, 500, 1023, 1024, 1025, 2100, 4000)  # the ke
 class LongCase:
     """One long sequence beside many shorter ones, in shuffled pages of random values; decode only."""
 
-    def __init__(self, page_tokens: int, dtype: torch.dtype, heads: int = 8, dim: int = 64) -> None:
+    def __init__(
+        self, page_tokens: int, dtype: torch.dtype, heads: int = 8, dim: int = 64, *, rounded: bool = False
+    ) -> None:
+        self.rounded = rounded
         generator = torch.Generator().manual_seed(page_tokens)
         pages = [-(-length // page_tokens) for length in LENGTHS]
         order = list(range(sum(pages)))
@@ -245,7 +250,17 @@ class LongCase:
         return AttentionBatch(0, len(spans), spans, nothing, nothing)
 
     def kernel(self, rule: AttentionRule) -> torch.Tensor:
-        return paged_attention(self.query_THD, self.pages, self.batch, rule)
+        return self.attend(self.query_THD, self.batch, rule)
+
+    def attend(self, query_THD: torch.Tensor, batch: AttentionBatch, rule: AttentionRule) -> torch.Tensor:
+        return paged_attention(query_THD, self.pages, batch, rule, rounded=self.rounded)
+
+
+KINDS = pytest.mark.parametrize(
+    ("dtype", "rounded"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.int8, False)],
+    ids=["fp32", "bf16", "rounded", "int8"],
+)
 
 
 @pytest.fixture
@@ -264,24 +279,26 @@ def test_pieces_of_long_sequences_make_the_whole(page_tokens: int, dtype: torch.
         assert torch.allclose(case.kernel(rule), torch_way, atol=1e-5), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
-def test_the_size_of_pages_changes_no_bit(dtype: torch.dtype) -> None:
+@KINDS
+def test_the_size_of_pages_changes_no_bit(dtype: torch.dtype, rounded: bool) -> None:
     """Of those that fill the kernel's blocks or halves of them, where all of a sequence is seen."""
-    large = LongCase(BLOCK, dtype)
+    large = LongCase(BLOCK, dtype, rounded=rounded)
     halves = [
         torch.stack(table.chunk(2, dim=2), dim=1).flatten(0, 1).contiguous()  # page p's tokens in 2 p and 2 p + 1
         for table in large.pages.tables
     ]
     spans = [replace(span, pages=[2 * p + h for p in span.pages for h in (0, 1)]) for span in large.batch.spans]
     whole = large.kernel(large.rules["plain"])
-    small = paged_attention(large.query_THD, type(large.pages)(*halves), large.of(*spans), large.rules["plain"])
-    assert torch.equal(small, whole)
+    large.pages = type(large.pages)(*halves)
+    assert torch.equal(large.attend(large.query_THD, large.of(*spans), large.rules["plain"]), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@KINDS
 @pytest.mark.usefixtures("_threads")
-def test_neither_threads_nor_company_change_a_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = LongCase(32, dtype)
+def test_neither_threads_nor_company_change_a_bit(
+    dtype: torch.dtype, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = LongCase(32, dtype, rounded=rounded)
     for name, rule in case.rules.items():
         torch.set_num_threads(1)
         one_thread = case.kernel(rule)
@@ -290,16 +307,16 @@ def test_neither_threads_nor_company_change_a_bit(dtype: torch.dtype, monkeypatc
             assert torch.equal(case.kernel(rule), one_thread), name
         for i, span in enumerate(case.batch.spans):
             alone = case.of(Span(0, 1, span.kv_length, span.pages))
-            answer = paged_attention(case.query_THD[i : i + 1], case.pages, alone, rule)
+            answer = case.attend(case.query_THD[i : i + 1], alone, rule)
             assert torch.equal(answer[0], one_thread[i]), (name, span.kv_length)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@KINDS
 @pytest.mark.parametrize("page_tokens", [32, 48])
 @pytest.mark.parametrize("heads", [2, 8])
-def test_a_prompt_may_be_cut_anywhere(dtype: torch.dtype, page_tokens: int, heads: int) -> None:
+def test_a_prompt_may_be_cut_anywhere(dtype: torch.dtype, rounded: bool, page_tokens: int, heads: int) -> None:
     """Its queries' answers are the same bits: across pieces, behind windows, and as single queries that decode."""
-    case, queries, dice = LongCase(page_tokens, dtype, heads), 150, random.Random(0)
+    case, queries, dice = LongCase(page_tokens, dtype, heads, rounded=rounded), 150, random.Random(0)
     query_THD = 3 * torch.randn(queries, heads, 64, generator=torch.Generator().manual_seed(1))
     for span, end in zip(case.batch.spans[-3:], (1025, 2100, 3200), strict=True):
         for name, rule in case.rules.items():
@@ -310,11 +327,40 @@ def test_a_prompt_may_be_cut_anywhere(dtype: torch.dtype, page_tokens: int, head
                     Span(first, stop - first, end - queries + stop, span.pages)
                     for first, stop in itertools.pairwise([0, *cuts, queries])
                 ]
-                return paged_attention(query_THD, case.pages, case.of(*spans), rule)
+                return case.attend(query_THD, case.of(*spans), rule)
 
             whole = answers([])
             for cuts in (list(range(1, queries)), sorted(dice.sample(range(1, queries), 12))):
                 assert torch.equal(answers(cuts), whole), (name, end)
+
+
+@pytest.mark.parametrize("heads", [2, 8, 64], ids=["one row", "a tile", "many tiles"])
+@pytest.mark.parametrize("page_tokens", [6, 16, 48])
+def test_rounding_queries_and_weights_is_all_that_is_rounded(page_tokens: int, heads: int) -> None:
+    """Where the processor multiplies bfloat16 itself; elsewhere nothing is. What a page has beyond its sequence's end
+    takes no part, even if it is no number."""
+    exact = LongCase(page_tokens, torch.bfloat16, heads)
+    exact.query_THD = exact.query_THD.bfloat16().float()  # and times 1 / 8 it stays so: only weights are rounded
+    case = LongCase(page_tokens, torch.bfloat16, heads, rounded=True)
+    case.query_THD = exact.query_THD
+    for span in case.batch.spans:
+        for table in case.pages.tables if (filled := span.kv_length % page_tokens) else ():
+            table[span.pages[-1], :, filled:] = math.nan
+    for name, rule in exact.rules.items():
+        whole = exact.kernel(rule)
+        sizes = LayerPages(exact.pages.keys_PGCD, exact.pages.values_PGCD.abs())
+        bound = 2**-8 * paged_attention(exact.query_THD, sizes, exact.batch, rule)  # of weights and their sum
+        rounded = case.kernel(rule)
+        assert ((rounded - whole).abs() <= bound).all(), name
+        assert torch.equal(rounded, whole) != DOTS
+
+
+@pytest.mark.parametrize(("dims", "page_tokens"), [((64, 40), 16), ((40, 64), 16), ((64, 64), 5)], ids=str)
+def test_nothing_is_rounded_that_makes_no_pairs(dims: tuple[int, int], page_tokens: int) -> None:
+    case = Case(4, *dims, page_tokens, torch.bfloat16, 6)
+    rule = _rules(case)["all"]
+    ways = [paged_attention(case.query_THD, case.pages, case.batch, rule, rounded=rounded) for rounded in (False, True)]
+    assert torch.equal(*ways)
 
 
 def test_weights_are_exponentials_to_the_last_places() -> None:

@@ -55,11 +55,12 @@ class ModelHost:
             supplies: where each experts module, by its name, has its weights from; None: they are in the model.
             stored_dtype: in which matrices (and experts that are in the model) are kept where the CPU's kernel widens
                 them as it reads; None: the model's.
-            rounded: activations are rounded to bfloat16 where such a matrix is that too: see `PanelMatrix`.
+            rounded: activations are rounded to bfloat16 where such a matrix, or the pages, are that too: see
+                `PanelMatrix` and `paged_attention`.
             observer: hears of every pass.
         """
         self.model = model.eval().requires_grad_(False)
-        self.observer = observer or Unobserved()
+        self.observer, self.rounded = observer or Unobserved(), rounded
         stored, experts_at_once = stored_dtype or model.dtype, MicroBatch(expert_tokens, "expert")
         for name, module in list(model.named_modules()):
             if is_experts(module):

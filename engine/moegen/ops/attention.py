@@ -61,22 +61,27 @@ def paged_attention(
     *,
     new: Sequence[torch.Tensor] | None = None,
     use_kernel: bool = True,
+    rounded: bool = False,
 ) -> torch.Tensor:
     """Attention of every token of `batch` over its own sequence's pages -> `[T, H, value_dim]`.
 
-    `new`: what the pages keep of the batch's own tokens (`LayerPages.kept`): spans that begin their sequence need no
-    more.
+    Args:
+        new: what the pages keep of the batch's own tokens (`LayerPages.kept`): spans that begin their sequence need no
+            more.
+        rounded: the CPU's kernel may round queries and weights to bfloat16 where they meet pages of that dtype; not
+            over latents, whose prompts do not go through it.
     """
     out_THD = query_THD.new_empty(*query_THD.shape[:2], rule.value_dim(pages.values_PGCD))
     reads = kernel_reads(query_THD, pages.keys_PGCD)
     use_kernel = use_kernel and rule.chosen_TK is None
     rest: Sequence[Span] = batch.spans
     if use_kernel and (reads or query_THD.device.type != "cpu"):
-        _attend_decode(query_THD, pages, batch.decode, rule, reads, out_THD)
+        rounded = rounded and rule.latent is None
+        _attend_decode(query_THD, pages, batch.decode, rule, reads, rounded, out_THD)
         rest = batch.prefill
         if reads and rule.latent is None:
             if rest:
-                attend_pages(query_THD, pages, batch.prompts, rule, out_THD)
+                attend_pages(query_THD, pages, batch.prompts, rule, out_THD, rounded=rounded)
             return out_THD
     for span in rest:
         own = slice(span.first, span.first + span.length)
@@ -93,13 +98,13 @@ def paged_attention(
 
 def _attend_decode(
     query_THD: torch.Tensor, pages: LayerPages, spans: QuerySpans, rule: AttentionRule, reads: bool,
-    out_THD: torch.Tensor,
+    rounded: bool, out_THD: torch.Tensor,
 ) -> None:  # fmt: skip
     """By the kernel, where it `reads` these pages, or over gathered ones."""
 
     def decode(query_THD: torch.Tensor, spans: QuerySpans, rule: AttentionRule, out_THD: torch.Tensor) -> None:
         if reads:
-            attend_pages(query_THD, pages, spans, rule, out_THD)
+            attend_pages(query_THD, pages, spans, rule, out_THD, rounded=rounded)
         else:
             gathered_decode(query_THD, pages.rows, pages.gathered_bytes, pages.page_tokens, spans, rule, out_THD)
 

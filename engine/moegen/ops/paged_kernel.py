@@ -4,9 +4,14 @@ Compiled with Numba at first use (and cached on disk), so that installing needs 
 or int8 codes; arithmetic is float32. A code is taken as the number that it is: the scales of keys multiply the scores,
 those of values the weights, once for each row and token. Both products are a few rows times a panel BLOCK columns wide:
 queries times a page's keys (transposed into a scratch panel), weights times its values. The softmax subtracts the
-running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"). A core waits for few lines of
-memory at a time, so they are asked for evenly: a block's values while its keys are scored, the next block's keys, or
-those of the thread's next task, while its values are added.
+running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
+
+Where queries and weights may be rounded, and the processor multiplies bfloat16, products take two elements at a time:
+neighbours of a query and of a key, weights of two tokens and their values. They are exact, and added in float32.
+
+A core waits for few lines of memory at a time, so they are asked for evenly: a block's values while its keys are
+scored, the next block's keys, or those of the thread's next task, while its values are added. Of what comes after that
+one line is asked for, so that its address has been translated by then: lines behind one that has not all wait.
 
 A task is one KV head for some consecutive queries of a sequence (a prompt's, or the one that decodes): the R query
 heads of the group are rows, query after query, and all of them meet a page while it is in cache. The keys of a single
@@ -39,6 +44,7 @@ from numba.extending import register_jitable
 
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import numba_threads
+from moegen.ops.vector_ir import DOTS
 from moegen.ops.vectors import (
     BLOCK,
     DEPTH,
@@ -52,6 +58,8 @@ from moegen.ops.vectors import (
     get,
     get_float,
     multiply,
+    own_size,
+    pair_block,
     product,
     put,
     scale,
@@ -59,6 +67,7 @@ from moegen.ops.vectors import (
     soften,
     soften_queries,
     take_number,
+    take_scaled,
     transpose,
     widen,
     widen_block,
@@ -90,6 +99,7 @@ class _Shape(NamedTuple):
     value_dim: int
     value_stride: int  # from one token's value to the next: over latents, a key's dim
     size: int  # bytes of an element of a page
+    own_size: int  # of one that is worked with
     out_stride: int  # value_dim, up to whole blocks
     window: int  # tokens that a query sees, itself among them
 
@@ -114,13 +124,13 @@ class _Spans(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Addresses of what one thread works in, float32 but for the tables, which have addresses."""
+    """Addresses of what one thread works in, float32 or, where noted, pairs; the tables have addresses."""
 
-    own: int  # [key_dim / DEPTH, rows, X_STRIDE] queries
-    flipped: int  # [key_dim, BLOCK] keys
-    panel: int  # [DEPTH, BLOCK] columns of values
+    own: int  # [key_dim / DEPTH, rows, X_STRIDE] queries, or pairs
+    flipped: int  # [key_dim, BLOCK] keys, or half as many rows of pairs
+    panel: int  # [DEPTH, BLOCK] columns of values, or half as many rows of pairs
     scales: int  # [DEPTH] of tokens
-    scores: int  # [rows, X_STRIDE] of DEPTH tokens
+    scores: int  # [rows, X_STRIDE] of DEPTH tokens; weights, or pairs, after the softmax
     state: int  # of the piece at hand
     before: int  # the state of the pieces before it, where a task has several
     panels: int  # [DEPTH] of what is multiplied
@@ -199,9 +209,14 @@ def kernel_reads(query: torch.Tensor, keys: torch.Tensor) -> bool:
 
 
 def attend_pages(
-    query_THD: torch.Tensor, pages: LayerPages, spans: QuerySpans, rule: AttentionRule, out_THD: torch.Tensor
-) -> None:
-    """Writes the attention of the spans' queries into their rows of `out_THD`; over latents they are absorbed."""
+    query_THD: torch.Tensor, pages: LayerPages, spans: QuerySpans, rule: AttentionRule, out_THD: torch.Tensor, *,
+    rounded: bool = False,
+) -> None:  # fmt: skip
+    """Writes the attention of the spans' queries into their rows of `out_THD`; over latents they are absorbed.
+
+    With `rounded`, queries and weights are rounded to bfloat16 where pages are that too and the processor multiplies
+    it.
+    """
     keys_PGCD, *others = pages.tables
     values_PGCD, *scales = others or [keys_PGCD]  # over latents, what is kept is both
     heads, value_dim = out_THD.shape[1:]
@@ -209,11 +224,13 @@ def attend_pages(
     window = rule.sliding_window or _NO_WINDOW
     tasks = _Tasks.of(spans, window, keys_PGCD.shape[2])
     rows = heads // groups * tasks.queries
+    own = _worked_with(keys_PGCD, value_dim, rounded)
     in_place = out_THD.dtype == torch.float32 and out_THD.is_contiguous()
     answer_THD = out_THD if in_place else torch.empty(out_THD.shape)
     sinks_H = torch.full((heads,), -math.inf) if rule.sinks_H is None else rule.sinks_H.float()
     threads = numba_threads()
     _attend_all(
+        own,
         threads,
         groups,
         window,
@@ -249,6 +266,13 @@ def _head_blocks(heads: int) -> int:
     return next(blocks for blocks in range(-(-heads // _BLOCK_HEADS), heads + 1) if heads % blocks == 0)
 
 
+def _worked_with(keys_PGCD: torch.Tensor, value_dim: int, rounded: bool) -> np.generic:
+    """Pairs, if queries and weights may be rounded and pages are made of whole pairs and columns; else float32."""
+    page_tokens, key_dim = keys_PGCD.shape[2:]
+    whole = page_tokens % 2 == 0 and key_dim % BLOCK == 0 and value_dim % BLOCK == 0
+    return np.int32(0) if rounded and DOTS and keys_PGCD.dtype == torch.bfloat16 and whole else np.float32(0)
+
+
 def _as_numpy(pages: torch.Tensor) -> npt.NDArray[np.generic]:
     return pages.view(torch.uint16).numpy() if pages.dtype == torch.bfloat16 else pages.numpy()
 
@@ -267,11 +291,12 @@ def _state_floats(rows: int, value_dim: int) -> int:
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _attend_all(  # type: ignore[no-untyped-def]
-    threads, groups, window, query, keys, values, key_scales, value_scales, rows, queries, begins, ends, page_starts,
-    page_ids, first_tasks, task_spans, first_states, scaling, cap, sinks, counters, states, floats, tables, out,
+    own, threads, groups, window, query, keys, values, key_scales, value_scales, rows, queries, begins, ends,
+    page_starts, page_ids, first_tasks, task_spans, first_states, scaling, cap, sinks, counters, states, floats,
+    tables, out,
 ):  # fmt: skip
     for thread in numba.prange(threads):
-        shape = _shape(groups, window, query, keys, values, queries, out)
+        shape = _shape(own, groups, window, query, keys, values, queries, out)
         scratch = _lay_out(
             shape, floats.ctypes.data + thread * floats.shape[1] * _FLOAT,
             tables.ctypes.data + thread * tables.shape[1] * 8,
@@ -283,13 +308,13 @@ def _attend_all(  # type: ignore[no-untyped-def]
             len(task_spans) * groups,
         )  # fmt: skip
         _work(
-            keys.dtype.type(0), shape, scratch, spans, query.ctypes.data, scaling, cap, sinks.ctypes.data,
+            keys.dtype.type(0), own, shape, scratch, spans, query.ctypes.data, scaling, cap, sinks.ctypes.data,
             counters.ctypes.data, states.ctypes.data, out.ctypes.data,
         )  # fmt: skip
 
 
 @_jit
-def _work(kind, shape, scratch, spans, query, scaling, cap, sinks, counter, states, out):  # type: ignore[no-untyped-def]
+def _work(kind, own, shape, scratch, spans, query, scaling, cap, sinks, counter, states, out):  # type: ignore[no-untyped-def]
     """Takes tasks until none is left; whoever ends the last of a span's KV head folds them and answers."""
     state_bytes = _state_floats(shape.rows, shape.value_dim) * _FLOAT
     number, asked = take_number(counter), 0
@@ -302,8 +327,8 @@ def _work(kind, shape, scratch, spans, query, scaling, cap, sinks, counter, stat
             first_state = states + get(spans.first_states + 8 * task.span) * step + task.group * state_bytes
         state = _state(shape, first_state + (task.number - first_task) * step)
         row = (get(spans.rows + 8 * task.span) * shape.groups + task.group) * shape.repeat
-        _take_queries(shape, scratch, task, query, row, scaling)
-        number, asked = _attend(kind, shape, scratch, spans, task, cap, state, counter, asked)
+        _take_queries(own, shape, scratch, task, query, row, scaling)
+        number, asked = _attend(kind, own, shape, scratch, spans, task, cap, state, counter, asked)
         if take_number(counter + 8 * (1 + task.span * shape.groups + task.group)) + 1 == tasks:
             state = _state(shape, first_state)
             for n in range(1, tasks):
@@ -313,14 +338,14 @@ def _work(kind, shape, scratch, spans, query, scaling, cap, sinks, counter, stat
 
 
 @_jit
-def _shape(groups, window, query, keys, values, queries, out):  # type: ignore[no-untyped-def]
+def _shape(own, groups, window, query, keys, values, queries, out):  # type: ignore[no-untyped-def]
     kv_heads, page_tokens, key_dim = keys.shape[1:]
     value_dim, repeat, most = out.shape[2], query.shape[1] // groups, 1
     for s in range(len(queries)):
         most = max(most, queries[s])
     return _Shape(
         groups, kv_heads, repeat, repeat * most, page_tokens, key_dim, value_dim, values.shape[3], keys.itemsize,
-        (value_dim + BLOCK - 1) // BLOCK * BLOCK, window,
+        own_size(own), (value_dim + BLOCK - 1) // BLOCK * BLOCK, window,
     )  # fmt: skip
 
 
@@ -401,7 +426,7 @@ def _begin(shape, rows, state):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _take_queries(shape, scratch, task, query, row, scaling):  # type: ignore[no-untyped-def]
+def _take_queries(own, shape, scratch, task, query, row, scaling):  # type: ignore[no-untyped-def]
     """The task's rows, of which the first is row `row` of all queries, to where products want them."""
     for q in range(task.queries):
         for h in range(shape.repeat):
@@ -409,7 +434,8 @@ def _take_queries(shape, scratch, task, query, row, scaling):  # type: ignore[no
             to = scratch.own + (q * shape.repeat + h) * X_STRIDE * _FLOAT
             for d in range(0, shape.key_dim, DEPTH):
                 some = min(DEPTH, shape.key_dim - d)
-                add_scaled(1, source + d * _FLOAT, some, scaling, to + d // DEPTH * shape.rows * X_STRIDE * _FLOAT)
+                place = to + d // DEPTH * shape.rows * X_STRIDE * _FLOAT
+                take_scaled(own, source + d * _FLOAT, some, scaling, place)
 
 
 @_jit
@@ -449,7 +475,7 @@ def _answer(shape, task, state, sinks, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # type: ignore[no-untyped-def]
+def _attend(kind, own, shape, scratch, spans, task, cap, state, counter, asked):  # type: ignore[no-untyped-def]
     """Works through a task, block by block; returns the number of the thread's next one, and how far its keys were
     asked for, as those of this one were up to the token `asked`.
 
@@ -479,15 +505,15 @@ def _attend(kind, shape, scratch, spans, task, cap, state, counter, asked):  # t
             put(scratch.aheads, _place(shape, spans, task, value, spans.values, value_bytes))
             put(scratch.aheads + 8, _place(shape, spans, task, half_value, spans.values, value_bytes))
             rows = _rows(shape, task, token, min(token + BLOCK, stop))
-            _score(kind, shape, scratch, rows, key, half_key, min(stop - token, BLOCK), token - start)
+            _score(kind, own, shape, scratch, rows, key, half_key, min(stop - token, BLOCK), token - start)
         rows = _rows(shape, task, start, stop)
         if shape.size == 1:
             _scale_columns(shape, scratch, spans, task, rows, start, stop, spans.key_scales)
-        _soften(shape, scratch, task, rows, start, stop, cap, state)
+        _soften(own, shape, scratch, task, rows, start, stop, cap, state)
         if shape.size == 1:
             _scale_columns(shape, scratch, spans, task, rows, start, stop, spans.value_scales)
         ahead = _list_panels(shape, scratch, spans, task, start, stop, ahead, counter)
-        _add_values(kind, shape, scratch, rows, stop - start, _panel_rows(shape), state.acc)
+        _add_values(kind, own, shape, scratch, rows, stop - start, _panel_rows(shape), state.acc)
         start = stop
     if folded:
         _fold(shape, all_rows, before, state)
@@ -514,6 +540,8 @@ def _list_panels(shape, scratch, spans, task, start, stop, ahead, counter):  # t
         token = min(asked, then.end - 1)
         put(scratch.panels + n * 8, _place(shape, spans, task, start + n * rows, spans.values, value_bytes))
         put(scratch.aheads + n * 8, _place(shape, spans, then, token, spans.keys, key_bytes))
+        fetch(_place(shape, spans, then, token, spans.values, value_bytes), 1)
+        fetch(_place(shape, spans, then, min(token + DEPTH, then.end - 1), spans.keys, key_bytes), 1)
         _fetch_scales(shape, spans, then, token, rows)
         if start + (n + 1) * rows <= stop:  # a short panel's time is enough for a part
             asked = _after_panel(shape, asked)
@@ -565,21 +593,21 @@ def _rows(shape, task, start, stop):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _score(kind, shape, scratch, rows, key, half_key, tokens, column):  # type: ignore[no-untyped-def]
+def _score(kind, own, shape, scratch, rows, key, half_key, tokens, column):  # type: ignore[no-untyped-def]
     """`scores[r, column + c] = own[r] . key[c]` for at most BLOCK tokens c, LANES of which lie at each address.
 
     As many values are prefetched at the first two addresses in the table `aheads`.
     """
-    _flip(kind, shape.key_dim, shape.size, key, half_key, tokens, scratch.flipped)
+    _flip(kind, own, shape, key, half_key, tokens, scratch.flipped)
     ahead_stride = BLOCK * shape.value_stride * shape.size // shape.key_dim
     for d in range(0, shape.key_dim, DEPTH):
         depth = min(DEPTH, shape.key_dim - d)
         half = (depth + 1) // 2  # beside one half of the elements go the values of LANES tokens
-        put(scratch.panels, scratch.flipped + d * BLOCK * _FLOAT)
-        put(scratch.panels + 8, scratch.flipped + (d + half) * BLOCK * _FLOAT)
+        put(scratch.panels, scratch.flipped + d * BLOCK * shape.own_size)
+        put(scratch.panels + 8, scratch.flipped + (d + half) * BLOCK * shape.own_size)
         for r in range(rows.first * shape.repeat, rows.end * shape.repeat, rows.tile):
             product(
-                np.float32(0), kind, d == 0, min(rows.tile, rows.end * shape.repeat - r), depth,
+                own, own, kind, d == 0, min(rows.tile, rows.end * shape.repeat - r), depth,
                 scratch.own + (d // DEPTH * shape.rows + r) * X_STRIDE * _FLOAT,
                 scratch.panels, half, 0, BLOCK, scratch.aheads, d // 2 * ahead_stride, ahead_stride,
                 scratch.scores + (r * X_STRIDE + column) * _FLOAT, X_STRIDE,
@@ -587,15 +615,17 @@ def _score(kind, shape, scratch, rows, key, half_key, tokens, column):  # type: 
 
 
 @_jit
-def _flip(kind, dim, size, key, half_key, tokens, flipped):  # type: ignore[no-untyped-def]
+def _flip(kind, own, shape, key, half_key, tokens, flipped):  # type: ignore[no-untyped-def]
     """`flipped[d, c] = key[min(c, tokens - 1), d]` for BLOCK columns c (or garbage in columns >= tokens)."""
+    dim, size = shape.key_dim, shape.size
     width = LANES * _FLOAT // size  # elements of LANES words
-    whole = dim - dim % width
+    whole = dim - dim % width  # all, where they are to be pairs
     for half in range(2):
         source = half_key if half else key
         last = min(max(tokens - half * LANES, 1), LANES) - 1
         for d in range(0, whole, width):
-            transpose(kind, source + d * size, dim, last, flipped + (d * BLOCK + half * LANES) * _FLOAT, BLOCK)
+            to = flipped + d * BLOCK * shape.own_size + half * LANES * _FLOAT
+            transpose(kind, own, source + d * size, dim, last, to, BLOCK)
         for d in range(whole, dim):
             for c in range(last + 1):
                 to = flipped + (d * BLOCK + half * LANES + c) * _FLOAT
@@ -617,7 +647,7 @@ def _scale_columns(shape, scratch, spans, task, rows, start, stop, scales):  # t
 
 
 @_jit
-def _soften(shape, scratch, task, rows, start, stop, cap, state):  # type: ignore[no-untyped-def]
+def _soften(own, shape, scratch, task, rows, start, stop, cap, state):  # type: ignore[no-untyped-def]
     """Scores of the tokens become weights; what was summed before shrinks to the new maximum."""
     vectors = (stop - start + BLOCK - 1) // BLOCK * 2
     if cap > 0:
@@ -632,20 +662,20 @@ def _soften(shape, scratch, task, rows, start, stop, cap, state):  # type: ignor
             row, here = scratch.scores + r * X_STRIDE * _FLOAT, r * _FLOAT
             best, total, shrink = state.best + here, state.total + here, state.shrink + here
             if shape.repeat > 1:
-                soften(min(SOFT_ROWS, shape.repeat - h), row, vectors, low, beyond, best, total, shrink)
+                soften(own, min(SOFT_ROWS, shape.repeat - h), row, vectors, low, beyond, best, total, shrink)
             else:
                 count = min(queries, rows.end - q)
-                soften_queries(count, row, vectors, low, high, stop - start, best, total, shrink)
+                soften_queries(own, count, row, vectors, low, high, stop - start, best, total, shrink)
     for r in range(rows.first * shape.repeat, rows.end * shape.repeat):
         if get_float(state.shrink + r * _FLOAT) != 1:
             scale(state.acc + r * shape.out_stride * _FLOAT, shape.out_stride // LANES, state.shrink + r * _FLOAT)
 
 
 @_jit
-def _add_values(kind, shape, scratch, rows, tokens, panel_rows, acc):  # type: ignore[no-untyped-def]
+def _add_values(kind, own, shape, scratch, rows, tokens, panel_rows, acc):  # type: ignore[no-untyped-def]
     """`acc[r] += sum over c < tokens of weights[r, c] * value[c]`, for the values at the addresses in the table.
 
-    They are copied, as float32, where they fill no whole vectors and where several tiles of rows meet them.
+    They are copied, as what is worked with, where they fill no whole vectors and where several tiles of rows meet them.
     """
     dim, first, end = shape.value_dim, rows.first * shape.repeat, rows.end * shape.repeat
     tiles = (end - first + rows.tile - 1) // max(rows.tile, 1)
@@ -654,7 +684,7 @@ def _add_values(kind, shape, scratch, rows, tokens, panel_rows, acc):  # type: i
         columns = min(BLOCK, dim - d)
         copied = columns < BLOCK or tiles > 1
         if copied:
-            _widen_columns(kind, shape, scratch, tokens, panel_rows, d, columns)
+            _copy_columns(kind, own, shape, scratch, tokens, panel_rows, d, columns)
         for n in range(tiles):
             r = first + n * rows.tile
             count, weights = min(rows.tile, end - r), scratch.scores + r * X_STRIDE * _FLOAT
@@ -662,26 +692,29 @@ def _add_values(kind, shape, scratch, rows, tokens, panel_rows, acc):  # type: i
             to = acc + (r * shape.out_stride + d) * _FLOAT
             if copied:
                 product(
-                    np.float32(0), kind, 0, count, tokens, weights, scratch.copies, panel_rows, 0, BLOCK,
+                    own, own, kind, 0, count, tokens, weights, scratch.copies, panel_rows, 0, BLOCK,
                     scratch.aheads, ahead, ahead_stride, to, shape.out_stride,
                 )  # fmt: skip
             else:
                 product(
-                    kind, kind, 0, count, tokens, weights, scratch.panels, panel_rows, d * shape.size,
+                    kind, own, kind, 0, count, tokens, weights, scratch.panels, panel_rows, d * shape.size,
                     shape.value_stride, scratch.aheads, ahead, ahead_stride, to, shape.out_stride,
                 )  # fmt: skip
 
 
 @_jit
-def _widen_columns(kind, shape, scratch, tokens, panel_rows, first, columns):  # type: ignore[no-untyped-def]
+def _copy_columns(kind, own, shape, scratch, tokens, panel_rows, first, columns):  # type: ignore[no-untyped-def]
     """`panel[c, i] = value[c, first + i]` for `columns` of the tokens' values, and where its pieces begin."""
-    for c in range(tokens):
-        place = scratch.panel + c * BLOCK * _FLOAT
+    step = _FLOAT // shape.own_size  # a pair is of two tokens
+    for c in range(0, tokens, step):
+        place = scratch.panel + c * BLOCK * shape.own_size
         if c % panel_rows == 0:
             put(scratch.copies + c // panel_rows * 8, place)
         value = get(scratch.panels + c // panel_rows * 8)
         value += (c % panel_rows * shape.value_stride + first) * shape.size
-        if columns == BLOCK:
+        if step == 2:
+            pair_block(value, value + (shape.value_stride * shape.size if c + 1 < tokens else 0), place)
+        elif columns == BLOCK:
             widen_block(kind, value, place)
         else:
             for i in range(columns):

@@ -8,6 +8,8 @@ Numba caches a compiled kernel by its own file: after a change here, change the 
 
 from __future__ import annotations
 
+import os
+
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
@@ -17,6 +19,17 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 4 if _FEATURES.get("neon") else 8  # float32 per vector
 DOTS = bool(_FEATURES.get("avx512bf16"))  # whether `dot` can be used here
 LINE_BYTES = 64  # of a cache line
+
+
+def _first_level_bytes() -> int:
+    """Of a core's data cache; 0 if nobody says."""
+    try:
+        return os.sysconf("SC_LEVEL1_DCACHE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not Linux
+        return 0
+
+
+_ROOMY = _first_level_bytes() >= 48 << 10  # lines that no other cache has stay there until they are read
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 V8, V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
@@ -112,8 +125,8 @@ def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
 
 
 def nbytes(kind: types.Type) -> int:
-    """Of a float32, of the bits of a bfloat16, or of a code."""
-    return {types.float32: 4, types.int8: 1}.get(kind, 2)
+    """Of a float32, of a pair, of the bits of a bfloat16, or of a code."""
+    return {types.float32: 4, types.int32: 4, types.int8: 1}.get(kind, 2)
 
 
 def as_float(b: ir.IRBuilder, address: ir.Value, kind: types.Type) -> ir.Value:
@@ -164,9 +177,10 @@ def transposed(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     return rows
 
 
-def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
-    """Of its cache line, for reading, into the second-level cache."""
+def prefetch(b: ir.IRBuilder, address: ir.Value, *, once: bool = False) -> None:
+    """Of its cache line, for reading, into the second-level cache; what is read `once`, and soon, past it if it can."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    read, into_l2, data = (ir.Constant(I32, n) for n in (0, 2, 1))
+    level = 0 if once and _ROOMY else 2
+    read, locality, data = (ir.Constant(I32, n) for n in (0, level, 1))
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-    b.call(function, [b.inttoptr(address, I8.as_pointer()), read, into_l2, data])
+    b.call(function, [b.inttoptr(address, I8.as_pointer()), read, locality, data])

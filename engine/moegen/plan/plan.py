@@ -66,7 +66,7 @@ class Plan:
     device_memory: MemoryUse  # all 0 on a CPU device
     prefix_tokens: int = 0  # that nearly all prompts begin with, in whole pages: computed once, shared by all rows
     latent_kv: bool = True  # layers with latent attention keep latents; else keys and values of all heads
-    rounded: bool = False  # on a CPU, activations to bfloat16 where they meet weights of that dtype
+    rounded: bool = False  # on a CPU, activations to bfloat16 where they meet weights or pages of that dtype
     weights: Literal["as_stored", "int8", "fp8"] = "as_stored"  # what plain experts become when they are loaded
     ready_pages: int = 0  # that the job is expected to use at once: a host makes them present before the first pass
     state_slots: int = 0  # sequences whose recurrent layers' state there is room for; 0: the model has no such layers

@@ -118,7 +118,7 @@ def _stage_rate(module: Any, elements: int, rows: int, device: torch.device, com
 
 
 @torch.inference_mode()
-def decode_bytes_per_s(dtype: torch.dtype) -> dict[int, dict[int, float]]:
+def decode_bytes_per_s(dtype: torch.dtype, rounded: bool) -> dict[int, dict[int, float]]:
     """Decode attention on the host: `{query heads per KV head: {KV bytes of a sequence and KV head: bytes/s}}`."""
     device = torch.device("cpu")
     token_bytes = 2 * _HEAD_DIM * dtype.itemsize
@@ -127,7 +127,7 @@ def decode_bytes_per_s(dtype: torch.dtype) -> dict[int, dict[int, float]]:
         sequences = max(_CACHE_BYTES // (context * token_bytes * _KV_HEADS), 4)
         chunks = [(context - 1, 1)] * sequences
         for group, curve in surface.items():
-            seconds = _attention_seconds(chunks, group, dtype, torch.float32, device)
+            seconds = _attention_seconds(chunks, group, dtype, torch.float32, device, rounded)
             curve[context * token_bytes] = sequences * context * token_bytes * _KV_HEADS / seconds
     return surface
 
@@ -158,20 +158,23 @@ def device_decode_bytes_per_s(device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def prefill_flops_per_s(device: torch.device, stored: torch.dtype, compute: torch.dtype) -> dict[int, float]:
+def prefill_flops_per_s(
+    device: torch.device, stored: torch.dtype, compute: torch.dtype, rounded: bool
+) -> dict[int, float]:
     """Attention of whole prompts: `{tokens of a prompt: FLOP/s}`, causal pairs counted once."""
     group, width = 4, 4 * _KV_HEADS * 2 * _HEAD_DIM
     rates = {}
     for length in (16, 64, 256, 1024):
         prompts = 2048 // length
-        seconds = _attention_seconds([(0, length)] * prompts, group, stored, compute, device)
+        seconds = _attention_seconds([(0, length)] * prompts, group, stored, compute, device, rounded)
         rates[length] = 2 * width * prompts * length * (length + 1) / 2 / seconds
     return rates
 
 
 def _attention_seconds(
-    chunks: list[tuple[int, int]], group: int, stored: torch.dtype, compute: torch.dtype, device: torch.device
-) -> float:
+    chunks: list[tuple[int, int]], group: int, stored: torch.dtype, compute: torch.dtype, device: torch.device,
+    rounded: bool = False,
+) -> float:  # fmt: skip
     """Of one layer's attention for chunks of (start, length), each of a sequence of its own."""
     pages = [-(-(start + length) // _PAGE_TOKENS) for start, length in chunks]
     ends = np.cumsum([0, *pages])
@@ -189,7 +192,7 @@ def _attention_seconds(
     query_THD = torch.zeros(step.tokens, group * _KV_HEADS, _HEAD_DIM, dtype=compute, device=device)
     pool.layers[0].write(key_TGD, key_TGD, batch)
     rule = AttentionRule(_HEAD_DIM**-0.5)
-    return usual_seconds(lambda: paged_attention(query_THD, pool.layers[0], batch, rule), device)
+    return usual_seconds(lambda: paged_attention(query_THD, pool.layers[0], batch, rule, rounded=rounded), device)
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ class Pass:
     pool: KVPool
     states: StatePool | None
     observer: Observer
+    rounded: bool  # see `paged_attention`
     current: AttentionBatch | None = None  # the micro-batch at hand, inside an attention stage
     _cuts: dict[int, tuple[AttentionBatch, ...]] = field(default_factory=dict)  # by the size of a micro-batch
 
@@ -65,7 +66,7 @@ class Pass:
                 return self.pool.hosted.attend(query_THD[own], key_TGD[own], value_TGD[own], pages, batch, rule)
             kept = pages.kept(key_TGD[own], value_TGD[own])
             pages.put(kept, batch)
-            return paged_attention(query_THD[own], pages, batch, rule, new=kept)
+            return paged_attention(query_THD[own], pages, batch, rule, new=kept, rounded=self.rounded)
 
         def every(batches: Sequence[AttentionBatch]) -> torch.Tensor:
             return torch.cat([one(batch, batch.own) for batch in batches])
@@ -130,7 +131,7 @@ def forward(
     Attention runs in micro-batches of `attention_tokens`. Every token's KV is in the pool, and every sequence's state
     in `states`, once the first piece is there.
     """
-    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, states, host.observer)
+    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, states, host.observer, host.rounded)
     yield from host.logits(
         torch.from_numpy(step.token_ids),
         torch.from_numpy(step.positions),

@@ -42,7 +42,7 @@ def probe(device: str = "auto", model_uri: str | None = None) -> Machine:
     with _measuring("the fixed time of a pass, in a tiny model"):
         rates = replace(rates, **engine_rates.fixed_seconds(machine, _STORED, compute))
     rates = replace(rates, runtime_bytes=_resident_bytes())  # all is imported and compiled, nothing large is held yet
-    rates = replace(_host_rates(rates, machine, model_uri), **_device_rates(where, compute))
+    rates = replace(_host_rates(rates, machine, model_uri), **_device_rates(machine, where, compute))
     return replace(machine, rates=_pass_rates(rates, machine, where, compute))
 
 
@@ -59,15 +59,15 @@ def _host_rates(rates: Rates, machine: Machine, model_uri: str | None) -> Rates:
     with _measuring("the placing of expert weights"):
         rates = replace(rates, place_bytes_per_s=machine_rates.place_bytes_per_s(_STORED, machine.dots_bf16))
     with _measuring("decode attention on the host"):
-        rates = replace(rates, decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED))
+        rates = replace(rates, decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED, machine.dots_bf16))
     with _measuring("decode attention over latents on the host"):
         return replace(rates, latent_flops_per_s=engine_rates.latent_flops_per_s(_STORED))
 
 
-def _device_rates(where: torch.device, compute: torch.dtype) -> dict[str, Any]:
+def _device_rates(machine: Machine, where: torch.device, compute: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with _measuring(f"attention of prompts on {where}"):
-        found["prefill_flops_per_s"] = engine_rates.prefill_flops_per_s(where, _STORED, compute)
+        found["prefill_flops_per_s"] = engine_rates.prefill_flops_per_s(where, _STORED, compute, machine.dots_bf16)
     with _measuring(f"sampling on {where}"):
         found["logit_s"] = engine_rates.logit_seconds(where)
     if where.type != "cpu":
