@@ -61,7 +61,7 @@ class PanelWeight(torch.Tensor):
     def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., O]` of `x[..., I]` and `bias[O]`."""
         x_TI = x.reshape(-1, self._matrix.in_features)
-        out_TO = self._matrix.linear(x_TI, [x_TI.shape[0]])
+        out_TO = self._matrix.packed_linear(x_TI)
         if bias is not None:
             out_TO += bias
         return out_TO.view(*x.shape[:-1], self._matrix.out_features)

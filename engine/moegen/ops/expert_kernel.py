@@ -57,10 +57,10 @@ _ROW_BLOCK = 6 * TILE_ROWS  # rows that meet an expert's panels before the next 
 
 
 def row_width(inputs: int) -> int:
-    """How wide rows of x should lie in memory.
+    """How wide rows should lie in memory.
 
-    A tile reads the same place of all its rows at once: at a distance of a large power of two they would all fall
-    into the same few lines of the first-level cache.
+    A tile reads, and writes, the same place of all its rows at once: at a distance of a large power of two they would
+    all fall into the same few lines of the first-level cache.
     """
     return inputs + 16 if inputs % 256 == 0 else inputs
 
@@ -259,10 +259,10 @@ def claim(typing: Any, next_share: Any) -> Any:
 def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # type: ignore[no-untyped-def]
     """`out[starts[e] : starts[e + 1]] = x[tokens[starts[e] : starts[e + 1]]] @ W[e].T` for every expert, O = N * P.
 
-    Rows of `x` may be wider than the I inputs: see `row_width`. I counts pairs where rows and weights come so. The work
-    is rows times panels, so that a popular expert is shared by several threads. A thread that is done claims the next
-    share, and shares grow smaller: a core that the operating system, or a virtual machine's host, gives to others for a
-    while leaves more to the rest.
+    Rows of `x` may be wider than the I inputs, those of `out` wider than O: see `row_width`. I counts pairs where rows
+    and weights come so. The work is rows times panels, so that a popular expert is shared by several threads. A thread
+    that is done claims the next share, and shares grow smaller: a core that the operating system, or a virtual
+    machine's host, gives to others for a while leaves more to the rest.
     """
     experts, panels = panels_ENIP.shape[:2]
     work = starts_E1[experts] * panels
@@ -318,6 +318,8 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, threads):  # type: ignore[no-untyped-def]
     """`out[t] += weights[s] * answer[s - first]` for s in `places[t]`, one after another, where `answer` has that row.
+
+    Rows of `answer` may be wider than those of `out`.
 
     The first pairs of all (`first` 0) are added to 0: what was in `out` does not count. Threads share the tokens: a
     token's row stays in a core's cache until all of its experts are added, and is read and written once for several.

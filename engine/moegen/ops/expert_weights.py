@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,13 +113,22 @@ class PanelMatrix:
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         starts = np.array([0, *counts]).cumsum()
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
-        out_SO = torch.empty(len(tokens), self._panels_ENIP.shape[1] * PANEL)
-        laid_TI = self.lay_out(x_TI)
-        x = laid_TI.as_strided((laid_TI.shape[0], laid_TI.stride(0)), laid_TI.stride())  # with the gaps between rows
+        return self._product(x_TI, tokens, starts, row_width(self._panels_ENIP.shape[1] * PANEL))
+
+    def packed_linear(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """`linear` of all rows and the only matrix, with no gaps between the answer's rows where features are whole
+        panels: as torch's own functions read them best."""
+        tokens, starts = _in_order(x_TI.shape[0])
+        return self._product(x_TI, tokens, starts, self._panels_ENIP.shape[1] * PANEL)
+
+    def _product(self, x_TI: torch.Tensor, tokens_S: np.ndarray, starts_E1: np.ndarray, width: int) -> torch.Tensor:
+        """The answer's rows lie `width` apart."""
+        out_SO = torch.empty(len(tokens_S), width)
+        x = with_gaps(self.lay_out(x_TI))
         if self._pairs:
             x = x.view(torch.int32)
         threads = numba_threads()
-        grouped_panels(x.numpy(), tokens, self._panels_ENIP, starts, out_SO.numpy(), threads)
+        grouped_panels(x.numpy(), tokens_S, self._panels_ENIP, starts_E1, out_SO.numpy(), threads)
         return out_SO[:, : self.out_features]
 
 
@@ -158,6 +168,19 @@ class PlainMatrix:
             return torch.cat([x @ w for x, w in zip(x_SI.split(list(counts)), weight_EIO, strict=True)])
         offsets_E = torch.tensor(counts, device=x_SI.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
+
+
+@lru_cache(maxsize=8)
+def _in_order(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel wants to know of so many rows, each of which meets the only matrix: asked for by every layer."""
+    return np.arange(rows), np.array([0, rows])
+
+
+def with_gaps(x_TI: torch.Tensor) -> torch.Tensor:
+    """Rows as `laid_out` or a product made them, with what lies between them; others are copied if they must be."""
+    if x_TI.stride(1) != 1 or x_TI.stride(0) <= x_TI.shape[1]:
+        return x_TI.contiguous()
+    return x_TI.as_strided((x_TI.shape[0], x_TI.stride(0)), (x_TI.stride(0), 1))
 
 
 def laid_out(x_TI: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moegen.ops.expert_kernel import add_weighted_rows
-from moegen.ops.expert_weights import UP, ExpertGroup, ExpertSupply
+from moegen.ops.expert_weights import UP, ExpertGroup, ExpertSupply, with_gaps
 from moegen.ops.gate_kernel import silu_gated
 from moegen.ops.micro_batch import MicroBatch
 from moegen.ops.routing import Routing
@@ -115,7 +115,8 @@ def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: ExpertChunk, answer
     if out_TD.device.type == "cpu":
         weights_S, places_TK = routing.weights_S.numpy(), routing.places_TK.numpy()
         threads = numba_threads()
-        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SD.float().numpy(), chunk.pairs.start, threads)
+        answer_SW = with_gaps(answer_SD.float())
+        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SW.numpy(), chunk.pairs.start, threads)
         return
     if chunk.pairs.start == 0:
         out_TD.zero_()
