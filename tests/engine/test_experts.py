@@ -23,6 +23,7 @@ from moegen.ops.expert_weights import (
     resident_experts,
 )
 from moegen.ops.experts import grouped_experts
+from moegen.ops.gate_kernel import silu_gated
 from moegen.ops.panel_packing import pack_rows
 from moegen.ops.vector_ir import DOTS
 from torch import nn
@@ -261,6 +262,29 @@ def test_threads_and_neighbours_change_no_bit(rounded: bool, monkeypatch: pytest
         expert = 0 if row < 3 else 1
         alone = matrix.linear(x[row : row + 1], [int(e == expert) for e in range(4)])
         assert torch.equal(alone[0], outs[0][row])
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gates_at_once_are_gates_after(stored: torch.dtype, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, however many rows an expert has and whoever computes them; where gates are whole panels."""
+    generator = torch.Generator().manual_seed(3)
+    counts, tokens = (3, 100, 0, 1, 15), 50
+    weight = torch.randn(5, 6 * PANEL, 40, generator=generator).to(stored)
+    matrix = PanelMatrix(5, 6 * PANEL, 40, stored, rounded)
+    for expert, own in enumerate(weight):
+        matrix.place(expert, 0, own)
+    x = torch.randn(tokens, 40, generator=generator)
+    tokens_S = torch.randint(tokens, (sum(counts),), generator=generator)
+    for threads in (1, 3):  # one thread walks the shares of three
+        monkeypatch.setattr(expert_weights, "numba_threads", lambda threads=threads: threads)
+        for dtype in {torch.float32, matrix.row_dtype}:
+            apart = silu_gated(matrix.linear(x, counts, tokens_S), dtype)
+            at_once = matrix.gated(x, counts, tokens_S, dtype)
+            assert at_once is not None
+            assert (at_once.dtype, at_once.stride()) == (dtype, apart.stride())
+            assert torch.equal(at_once, apart)
+    assert PanelMatrix(1, 5 * PANEL, 40, stored, rounded).gated(x, [50], tokens_S[:50], torch.float32) is None
 
 
 _NARROW = """

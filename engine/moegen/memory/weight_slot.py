@@ -162,8 +162,15 @@ class _First:
         return self._matrix.nbytes * self.experts // self._matrix.experts
 
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
-        none = [0] * (self._matrix.experts - self.experts)
-        return self._matrix.linear(x_TI, [*counts, *none], tokens_S)
+        return self._matrix.linear(x_TI, self._all(counts), tokens_S)
+
+    def gated(
+        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        return self._matrix.gated(x_TI, self._all(counts), tokens_S, dtype)
+
+    def _all(self, counts: Sequence[int]) -> list[int]:
+        return [*counts, *[0] * (self._matrix.experts - self.experts)]
 
 
 def first_of(matrix: ExpertMatrix, experts: int) -> ExpertMatrix:

@@ -122,6 +122,11 @@ class CodedMatrix:
         ]
         return torch.cat(answers) if answers else x_SI.new_empty(0, self.out_features)
 
+    def gated(
+        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        return None
+
     def _linear_on_cpu(
         self, laid_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None
     ) -> torch.Tensor:

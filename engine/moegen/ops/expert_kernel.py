@@ -17,6 +17,9 @@ Compiled by Numba at first use (and cached on disk), so that installing needs no
 vector operations, since auto-vectorisation does not keep its sums in registers. Numba caches a compiled kernel by its
 own file: after a change here, change `moegen.ops.code_kernel` too, which uses these tiles.
 
+Gated experts need not write gates and ups to memory: a thread that has a panel of each, for some rows, makes of them
+the rows of the next product while they are in its cache.
+
 Shape suffixes: T tokens, S rows sorted by expert, E experts, I inputs, O outputs, N panels, P = PANEL.
 """
 
@@ -34,6 +37,7 @@ from numba.extending import intrinsic, register_jitable
 
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.vector_ir import I64, LANES, LINE_BYTES, V32, VF, call, dot, halves, i64, prefetch, splat, vf
+from moegen.ops.vectors import element_bytes, gate_row
 
 lock_kernel_cache()
 
@@ -102,21 +106,19 @@ def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> lis
 
 @intrinsic
 def _tile(
-    typing: Any, rows: Any, x: Any, tokens: Any, row: Any, panels: Any, expert: Any, panel: Any, out: Any, part: Any,
-    parts: Any,
+    typing: Any, rows: Any, x: Any, tokens: Any, row: Any, panels: Any, expert: Any, panel: Any, out: Any, out_row: Any,
+    column: Any, part: Any, parts: Any,
 ) -> Any:  # fmt: skip
-    """`out[row : row + rows, panel * P : (panel + 1) * P] = x[tokens[row : row + rows]] @ panels[expert, panel]`.
+    """`out[out_row : out_row + rows, column : column + P] = x[tokens[row : row + rows]] @ panels[expert, panel]`.
 
     It is the tile `part` of `parts` that meet this panel, and fetches its share of the panel that follows in memory:
     else the first tile would wait for memory and the others leave it idle.
     """
     stored = panels.dtype
-    signature = types.void(
-        types.intp, x, tokens, types.intp, panels, types.intp, types.intp, out, types.intp, types.intp
-    )
+    signature = types.void(types.intp, x, tokens, types.intp, panels, types.intp, types.intp, out, *[types.intp] * 4)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        rows, _, _, row, _, expert, panel, _, part, parts = args
+        rows, _, _, row, _, expert, panel, _, out_row, column, part, parts = args
         x_view, tokens_view, panels_view, out_view = (
             context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4, 7)
         )
@@ -124,7 +126,7 @@ def _tile(
         outputs = cgutils.unpack_tuple(b, out_view.shape)[1]
         _, panels_per_expert, inputs, _ = cgutils.unpack_tuple(b, panels_view.shape)
         row_tokens = b.gep(tokens_view.data, [row])
-        out_row = b.gep(out_view.data, [b.add(b.mul(row, outputs), b.mul(panel, i64(PANEL)))])
+        place = b.gep(out_view.data, [b.add(b.mul(out_row, outputs), column)])
         index = b.mul(b.add(b.mul(expert, panels_per_expert), panel), b.mul(inputs, i64(PANEL)))
         weights = b.gep(panels_view.data, [index])
         following = b.ptrtoint(b.gep(weights, [b.mul(inputs, i64(PANEL))]), I64)
@@ -137,11 +139,11 @@ def _tile(
             block = b.append_basic_block(f"tile.{count}")
             choice.add_case(i64(count), block)
             b.position_at_end(block)
-            places = [b.load(b.gep(row_tokens, [i64(r)])) for r in range(count)]
-            x_rows = [b.gep(x_view.data, [b.mul(place, x_width)]) for place in places]
+            own_tokens = [b.load(b.gep(row_tokens, [i64(r)])) for r in range(count)]
+            x_rows = [b.gep(x_view.data, [b.mul(token, x_width)]) for token in own_tokens]
             starts = [[vf(0.0)] * _TILE.vectors for _ in x_rows]
             sums = _emit_rows(b, x_rows, inputs, weights, stored, starts, (ahead, ahead_step))
-            _store_sums(b, sums, out_row, outputs)
+            _store_sums(b, sums, place, outputs)
             b.branch(end)
         b.position_at_end(end)
         return context.get_dummy_value()
@@ -312,7 +314,55 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
             for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
                 top = block_rows * tile // tiles
                 height = block_rows * (tile + 1) // tiles - top
-                _tile(height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, panel, out_SO, tile, tiles)
+                row = first + block + top
+                _tile(height, x_TI, tokens_S, row, panels_ENIP, expert, panel, out_SO, row, panel * PANEL, tile, tiles)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def grouped_gates(x_TI, tokens_S, panels_ENIP, starts_E1, kind, out, out_bytes, threads):  # type: ignore[no-untyped-def]
+    """`silu(gate) * up`, of `kind`, at the address `out`, rows `out_bytes` apart: gate and up are the halves of what
+    `grouped_panels` answers, whole panels each, but are never written to memory. Work is shared as there."""
+    experts, panels = panels_ENIP.shape[0], panels_ENIP.shape[1] // 2
+    work = starts_E1[experts] * panels
+    shares = shares_of(threads)
+    next_share = np.zeros(1, np.int64)
+    for _ in numba.prange(threads):
+        both_RP = np.empty((_ROW_BLOCK, 2 * PANEL), np.float32)  # of a panel of gates and one of ups
+        share = claim(next_share)
+        while share < shares:
+            work_from, work_to = share_of(work, share, shares)
+            share = claim(next_share)
+            for expert in range(experts):
+                first = starts_E1[expert]
+                rows = starts_E1[expert + 1] - first
+                panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
+                _gates(
+                    x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, both_RP, kind, out,
+                    out_bytes,
+                )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _gates(  # type: ignore[no-untyped-def]
+    x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, both_RP, kind, out, out_bytes
+):  # fmt: skip
+    """As `_panels`: some panels of one expert's gates, and the same of its ups, with all of its rows."""
+    panels = panels_ENIP.shape[1] // 2
+    for block in range(0, rows, _ROW_BLOCK):
+        block_rows = min(rows - block, _ROW_BLOCK)
+        tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
+        for panel in range(panel_from, panel_to):
+            for side in range(2):
+                for tile in range(tiles):
+                    top = block_rows * tile // tiles
+                    height = block_rows * (tile + 1) // tiles - top
+                    _tile(
+                        height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, side * panels + panel,
+                        both_RP, top, side * PANEL, tile, tiles,
+                    )  # fmt: skip
+            for row in range(block_rows):
+                to = out + (first + block + row) * out_bytes + panel * PANEL * element_bytes(kind)
+                gate_row(kind, both_RP.ctypes.data + row * 2 * PANEL * 4, PANEL, True, to)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moegen.ops.expert_kernel import PANEL, grouped_panels, panel_places, row_width
+from moegen.ops.expert_kernel import PANEL, grouped_gates, grouped_panels, panel_places, row_width
 from moegen.ops.host_memory import host_zeros
 from moegen.ops.panel_packing import pack_rows, pack_transposed
 from moegen.ops.threads import numba_threads
@@ -56,6 +56,13 @@ class ExpertMatrix(Protocol):
 
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         """`[S, O]`: the next `counts[e]` rows of `x[tokens]`, or of `x` itself, times expert e's matrix."""
+        ...
+
+    def gated(
+        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """`[S, O / 2]` in `dtype`, as `laid_out` has it: `silu_gated` of what `linear` answers, to the same bits; None
+        where both are not done at once."""
         ...
 
 
@@ -115,6 +122,21 @@ class PanelMatrix:
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         return self._product(x_TI, tokens, starts, row_width(self._panels_ENIP.shape[1] * PANEL))
 
+    def gated(
+        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        if self.out_features % (2 * PANEL):
+            return None
+        starts = np.array([0, *counts]).cumsum()
+        out_SF = _rows((len(tokens_S), self.out_features // 2), dtype)
+        kind = np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
+        threads = numba_threads()
+        grouped_gates(
+            self._as_multiplied(x_TI), tokens_S.numpy(), self._panels_ENIP, starts, kind, out_SF.data_ptr(),
+            out_SF.stride(0) * out_SF.itemsize, threads,
+        )  # fmt: skip
+        return out_SF
+
     def packed_linear(self, x_TI: torch.Tensor) -> torch.Tensor:
         """`linear` of all rows and the only matrix, with no gaps between the answer's rows where features are whole
         panels: as torch's own functions read them best."""
@@ -124,12 +146,14 @@ class PanelMatrix:
     def _product(self, x_TI: torch.Tensor, tokens_S: np.ndarray, starts_E1: np.ndarray, width: int) -> torch.Tensor:
         """The answer's rows lie `width` apart."""
         out_SO = torch.empty(len(tokens_S), width)
-        x = with_gaps(self.lay_out(x_TI))
-        if self._pairs:
-            x = x.view(torch.int32)
         threads = numba_threads()
-        grouped_panels(x.numpy(), tokens_S, self._panels_ENIP, starts_E1, out_SO.numpy(), threads)
+        grouped_panels(self._as_multiplied(x_TI), tokens_S, self._panels_ENIP, starts_E1, out_SO.numpy(), threads)
         return out_SO[:, : self.out_features]
+
+    def _as_multiplied(self, x_TI: torch.Tensor) -> np.ndarray:
+        """Laid out, with the gaps between rows."""
+        x = with_gaps(self.lay_out(x_TI))
+        return (x.view(torch.int32) if self._pairs else x).numpy()
 
 
 class PlainMatrix:
@@ -169,6 +193,11 @@ class PlainMatrix:
         offsets_E = torch.tensor(counts, device=x_SI.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
 
+    def gated(
+        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        return None
+
 
 @lru_cache(maxsize=8)
 def _in_order(rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,8 +226,11 @@ def empty_rows(x_TI: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Te
     """Of `x`'s shape `[..., T, I]`, and dtype if none is given; on a CPU rows lie as `laid_out` has them."""
     if x_TI.device.type != "cpu":
         return torch.empty_like(x_TI, dtype=dtype)
-    *tokens, inputs = x_TI.shape
-    dtype = dtype or x_TI.dtype
+    return _rows(x_TI.shape, dtype or x_TI.dtype)
+
+
+def _rows(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    *tokens, inputs = shape
     width = _row_elements(inputs, dtype)
     odd = dtype == torch.bfloat16 and inputs % 2  # the last pair's other half meets a weight of 0
     return (torch.zeros if odd else torch.empty)(*tokens, width, dtype=dtype)[..., :inputs]

@@ -92,10 +92,7 @@ def _expert_mlp(
     module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, tokens_S: torch.Tensor, ids_S: torch.Tensor,
     counts: tuple[int, ...],
 ) -> torch.Tensor:  # fmt: skip
-    hidden_SF = group.up.linear(hidden_TD, counts, tokens_S)
-    if module.has_bias:
-        hidden_SF += getattr(module, f"{UP[module.has_gate]}_bias")[ids_S]
-    hidden_SF = _activated(module, hidden_SF, group.down.row_dtype)
+    hidden_SF = _hidden(module, group, hidden_TD, tokens_S, ids_S, counts)
     out_SD = group.down.linear(hidden_SF, counts)
     if module.has_bias:
         out_SD += module.down_proj_bias[ids_S]
@@ -103,11 +100,22 @@ def _expert_mlp(
     return module.post_expert_norm(out_SD) if has_norm else out_SD
 
 
-def _activated(module: Any, hidden_SF: torch.Tensor, row_dtype: torch.dtype) -> torch.Tensor:
-    """The rows of the second projection; in its dtype where our kernel makes them."""
-    if not module.has_gate:
-        return module.act_fn(hidden_SF)
-    return silu_gated(hidden_SF, row_dtype) if module._apply_gate is silu_gated else module._apply_gate(hidden_SF)
+def _hidden(
+    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, tokens_S: torch.Tensor, ids_S: torch.Tensor,
+    counts: tuple[int, ...],
+) -> torch.Tensor:  # fmt: skip
+    """The rows of the second projection; in its dtype where our kernel makes them, at once if it can."""
+    row_dtype, by_kernel = group.down.row_dtype, module.has_gate and module._apply_gate is silu_gated
+    if by_kernel and not module.has_bias:
+        rows_SF = group.up.gated(hidden_TD, counts, tokens_S, row_dtype)
+        if rows_SF is not None:
+            return rows_SF
+    hidden_SF = group.up.linear(hidden_TD, counts, tokens_S)
+    if module.has_bias:
+        hidden_SF += getattr(module, f"{UP[module.has_gate]}_bias")[ids_S]
+    if by_kernel:
+        return silu_gated(hidden_SF, row_dtype)
+    return module._apply_gate(hidden_SF) if module.has_gate else module.act_fn(hidden_SF)
 
 
 def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: ExpertChunk, answer_SD: torch.Tensor) -> None:

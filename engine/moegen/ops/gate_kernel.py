@@ -2,41 +2,21 @@
 
 Written out in torch it takes three passes, another where rows are rounded for that product, and the last bits of a row
 depend on where its threads cut the batch. Compiled by Numba at first use, which caches it by this file: change
-something here after a change in `moegen.ops.vector_ir`.
+something here after a change in `moegen.ops.vectors`.
 
 Shape suffixes: S rows, F features.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from moegen.ops.expert_weights import empty_rows
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.threads import threads_for
-from moegen.ops.vector_ir import (
-    F32,
-    I32,
-    LANES,
-    VF,
-    at,
-    call,
-    exp_negative,
-    i64,
-    load,
-    rounded_to_bfloat16,
-    splat,
-    store,
-    vf,
-)
+from moegen.ops.vectors import gate_row
 
 lock_kernel_cache()
 
@@ -69,51 +49,4 @@ def _answered(x: torch.Tensor, out_SF: torch.Tensor, gated: bool) -> torch.Tenso
 def _gate_rows(kind, x, x_bytes, out, out_bytes, rows, features, gated, threads):  # type: ignore[no-untyped-def]
     for thread in numba.prange(threads):
         for row in range(rows * thread // threads, rows * (thread + 1) // threads):
-            _gate_row(kind, x + row * x_bytes, features, gated, out + row * out_bytes)
-
-
-@intrinsic
-def _gate_row(typing: Any, kind: Any, x: Any, features: Any, gated: Any, out: Any) -> Any:
-    """`out = silu(x[:features])`, times `x[features : 2 * features]` if gated; `out` has the dtype of `kind`."""
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, gate, features, gated, to = args
-        up = at(b, gate, features, 4)
-        rounded = kind == types.uint16
-
-        def emit(index: ir.Value, held: ir.Type) -> None:
-            """The elements from `index` on, as many as `held` holds. One is computed as many are, to the same bits."""
-
-            def read(place: ir.Value) -> ir.Value:
-                value = load(b, at(b, place, index, 4), held)
-                return value if held == VF else splat(b, value)
-
-            answer = _silu(b, read(gate))
-            with b.if_else(gated) as (then, otherwise):
-                with then:
-                    product, after_product = b.fmul(answer, read(up)), b.block
-                with otherwise:
-                    plain = b.block
-            chosen = b.phi(VF)
-            chosen.add_incoming(product, after_product)
-            chosen.add_incoming(answer, plain)
-            result = rounded_to_bfloat16(b, chosen) if rounded else chosen
-            if held == F32:
-                result = b.extract_element(result, ir.Constant(I32, 0))
-            store(b, result, at(b, to, index, 2 if rounded else 4))
-
-        whole = b.sdiv(features, i64(LANES))
-        with cgutils.for_range(b, whole) as loop:
-            emit(b.mul(loop.index, i64(LANES)), VF)
-        with cgutils.for_range(b, features, start=b.mul(whole, i64(LANES))) as loop:
-            emit(loop.index, F32)
-        return context.get_dummy_value()
-
-    return types.void(kind, types.intp, types.intp, types.boolean, types.intp), codegen
-
-
-def _silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """`x / (1 + e^-x)`, by a power that cannot overflow."""
-    decay = exp_negative(b, b.fneg(call(b, "fabs", x)))
-    positive = b.fcmp_ordered(">=", x, vf(0.0))
-    return b.fdiv(b.select(positive, x, b.fmul(x, decay)), b.fadd(vf(1.0), decay))
+            gate_row(kind, x + row * x_bytes, features, gated, out + row * out_bytes)

@@ -127,6 +127,16 @@ def put(typing, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def element_bytes(typing, kind):  # type: ignore[no-untyped-def]
+    """Of what is stored."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return i64(nbytes(kind))
+
+    return types.intp(kind), generate
+
+
+@intrinsic
 def own_size(typing, own):  # type: ignore[no-untyped-def]
     """The bytes of one element of what is worked with."""
 
@@ -472,6 +482,53 @@ def _inside(b: ir.IRBuilder, vector: ir.Value, low: ir.Value, high: ir.Value) ->
     """Which columns of a row's vector lie in [low, high)."""
     column = b.add(splat(b, b.trunc(b.mul(vector, i64(LANES)), I32)), v32(list(range(LANES))))
     return b.and_(b.icmp_signed(">=", column, low), b.icmp_signed("<", column, high))
+
+
+@intrinsic
+def gate_row(typing, kind, x, features, gated, out):  # type: ignore[no-untyped-def]
+    """`out = silu(x[:features])`, times `x[features : 2 * features]` if gated; `out` has the dtype of `kind`."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        _, gate, features, gated, to = args
+        up = at(b, gate, features, 4)
+        rounded = kind == types.uint16
+
+        def emit(index: ir.Value, held: ir.Type) -> None:
+            """The elements from `index` on, as many as `held` holds. One is computed as many are, to the same bits."""
+
+            def read(place: ir.Value) -> ir.Value:
+                value = load(b, at(b, place, index, 4), held)
+                return value if held == VF else splat(b, value)
+
+            answer = _silu(b, read(gate))
+            with b.if_else(gated) as (then, otherwise):
+                with then:
+                    product, after_product = b.fmul(answer, read(up)), b.block
+                with otherwise:
+                    plain = b.block
+            chosen = b.phi(VF)
+            chosen.add_incoming(product, after_product)
+            chosen.add_incoming(answer, plain)
+            result = rounded_to_bfloat16(b, chosen) if rounded else chosen
+            if held == F32:
+                result = b.extract_element(result, ir.Constant(I32, 0))
+            store(b, result, at(b, to, index, 2 if rounded else 4))
+
+        whole = b.sdiv(features, i64(LANES))
+        with cgutils.for_range(b, whole) as loop:
+            emit(b.mul(loop.index, i64(LANES)), VF)
+        with cgutils.for_range(b, features, start=b.mul(whole, i64(LANES))) as loop:
+            emit(loop.index, F32)
+        return context.get_dummy_value()
+
+    return types.void(kind, types.intp, types.intp, types.boolean, types.intp), generate
+
+
+def _silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """`x / (1 + e^-x)`, by a power that cannot overflow."""
+    decay = exp_negative(b, b.fneg(call(b, "fabs", x)))
+    positive = b.fcmp_ordered(">=", x, vf(0.0))
+    return b.fdiv(b.select(positive, x, b.fmul(x, decay)), b.fadd(vf(1.0), decay))
 
 
 @intrinsic
