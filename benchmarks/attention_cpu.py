@@ -4,7 +4,8 @@ The roofline of a case is min(DRAM read bandwidth, multiply-add rate / FLOPs per
 are measured in the same run, between the rounds. torch's SDPA gets the same values laid out contiguously per sequence
 (no pages), once with `enable_gqa` and once with the query heads of a group as query rows of one KV head. Every round
 takes another layer's pages, so that none is in cache. The answers are compared before anything is timed. The same
-values as int8 codes are timed beside them: what is compared is keys and values per second, not bytes.
+values as int8 codes are timed beside them: what is compared is keys and values per second, not bytes. So is the way
+that a job takes whose products are of bfloat16 (`rounded`): its roofline is that of reads.
 
     python benchmarks/attention_cpu.py [--rounds 7] [--heads 32 --head-dim 128] [--no-sdpa] [--quick]
 """
@@ -86,9 +87,9 @@ class Work:
         self.query_SHD = torch.randn(case.sequences, case.heads, case.head_dim)
         self.rule = AttentionRule(case.head_dim**-0.5)
 
-    def ours(self, pages: LayerPages) -> torch.Tensor:
+    def ours(self, pages: LayerPages, *, rounded: bool = False) -> torch.Tensor:
         """`[S, H, D]`, from the pages."""
-        return paged_attention(self.query_SHD, pages, self.batch, self.rule)
+        return paged_attention(self.query_SHD, pages, self.batch, self.rule, rounded=rounded)
 
     def laid_out(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`[S, G, L, D]` each, as long as the shortest sequence: SDPA would need padding or a mask for the rest."""
@@ -141,7 +142,7 @@ def measure(case: Case, rounds: int, *, sdpa: bool) -> dict[str, object]:
     laid_out = [work.laid_out(layer) for layer in range(LAYERS)] if sdpa else []
     sdpa_bytes = sum(x.nbytes for x in laid_out[0]) if sdpa else 0
     block, matrix = torch.ones(DRAM_BYTES // 4), torch.randn(GEMM_SIZE, GEMM_SIZE)
-    names = ("kernel", "sdpa_gqa", "sdpa_rows", "dram", "gemm", "bfloat16_tokens", "int8_tokens")
+    names = ("kernel", "rounded", "sdpa_gqa", "sdpa_rows", "dram", "gemm", "bfloat16_tokens", "int8_tokens")
     rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         layer = number % LAYERS
@@ -152,6 +153,7 @@ def measure(case: Case, rounds: int, *, sdpa: bool) -> dict[str, object]:
         taken = {
             "dram": DRAM_BYTES / seconds(block.sum),
             "bfloat16_tokens": sum(case.lengths) / seconds(lambda layer=layer: work.ours(work.layers[layer])),
+            "rounded": case.kv_bytes / seconds(partial(work.ours, work.layers[layer - 1], rounded=True)),
             "int8_tokens": sum(case.lengths) / seconds(lambda layer=layer: work.ours(work.coded[layer])),
             "gemm": 2 * GEMM_SIZE**3 / seconds(lambda: matrix @ matrix),
             "sdpa_rows": sdpa_bytes / seconds(partial(by_sdpa, gqa=False)),
@@ -178,8 +180,8 @@ def measure(case: Case, rounds: int, *, sdpa: bool) -> dict[str, object]:
 
 
 HEADER = (
-    ("sequences x tokens", 18), ("heads", 7), ("dim", 5), ("kernel", 8), ("SDPA rows", 11), ("SDPA gqa", 10),
-    ("DRAM", 8), ("FMA", 8), ("roofline", 10), ("fraction", 10),
+    ("sequences x tokens", 18), ("heads", 7), ("dim", 5), ("kernel", 8), ("rounded", 9), ("SDPA rows", 11),
+    ("SDPA gqa", 10), ("DRAM", 8), ("FMA", 8), ("roofline", 10), ("fraction", 10),
     ("int8 tokens/s", 15), ("bf16", 7),
 )  # fmt: skip
 
@@ -190,7 +192,7 @@ def line(result: dict) -> str:
     ceiling = giga["gemm"] / result["flops_per_kv_byte"]
     return (
         f"{case['sequences']:>8} x {case['tokens']:<8}{case['heads']:>6}{case['head_dim']:>5}{giga['kernel']:>8.2f}"
-        f"{giga['sdpa_rows']:>11.2f}{giga['sdpa_gqa']:>10.2f}{giga['dram']:>8.2f}{ceiling:>8.2f}"
+        f"{giga['rounded']:>9.2f}{giga['sdpa_rows']:>11.2f}{giga['sdpa_gqa']:>10.2f}{giga['dram']:>8.2f}{ceiling:>8.2f}"
         f"{result['roofline_bytes_per_s'] / 1e9:>10.2f}{result['fraction_of_roofline']:>10.0%}"
         f"{medians['int8_tokens'] / 1e6:>14.2f}M{medians['bfloat16_tokens'] / 1e6:>6.2f}M"
     )
