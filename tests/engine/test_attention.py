@@ -349,7 +349,7 @@ def test_rounding_queries_and_weights_is_all_that_is_rounded(page_tokens: int, h
     for name, rule in exact.rules.items():
         whole = exact.kernel(rule)
         sizes = LayerPages(exact.pages.keys_PGCD, exact.pages.values_PGCD.abs())
-        bound = 2**-8 * paged_attention(exact.query_THD, sizes, exact.batch, rule)  # of weights and their sum
+        bound = 2**-8 * paged_attention(exact.query_THD, sizes, exact.batch, rule)  # half a place of each weight
         rounded = case.kernel(rule)
         assert ((rounded - whole).abs() <= bound).all(), name
         assert torch.equal(rounded, whole) != DOTS

@@ -300,6 +300,10 @@ from pytest import MonkeyPatch
 from tests.engine.test_experts import test_stored_weights_multiply_exactly as check
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     check(dtype, 3 * expert_kernel.PANEL - 1, 70)
+from tests.engine.test_experts import test_gates_at_once_are_gates_after as check
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    with MonkeyPatch.context() as patch:
+        check(dtype, True, patch)
 from tests.engine.test_stored_formats import CODINGS, test_the_kernel_multiplies_with_what_the_codes_mean as check
 torch.set_num_threads(1)
 for coding in CODINGS:

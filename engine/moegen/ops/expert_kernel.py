@@ -15,7 +15,8 @@ on the rows beside it nor on the number of threads.
 
 Compiled by Numba at first use (and cached on disk), so that installing needs no compiler. The tile is written as LLVM
 vector operations, since auto-vectorisation does not keep its sums in registers. Numba caches a compiled kernel by its
-own file: after a change here, change `moegen.ops.code_kernel` too, which uses these tiles.
+own file: after a change in `moegen.ops.vectors` change this one, and after one here `moegen.ops.code_kernel`, which
+uses these tiles.
 
 Gated experts need not write gates and ups to memory: a thread that has a panel of each, for some rows, makes of them
 the rows of the next product while they are in its cache.
@@ -106,32 +107,33 @@ def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> lis
 
 @intrinsic
 def _tile(
-    typing: Any, rows: Any, x: Any, tokens: Any, row: Any, panels: Any, expert: Any, panel: Any, out: Any, out_row: Any,
-    column: Any, part: Any, parts: Any,
+    typing: Any, rows: Any, x: Any, tokens: Any, row: Any, panels: Any, expert: Any, panel: Any, following: Any,
+    out: Any, out_row: Any, column: Any, part: Any, parts: Any,
 ) -> Any:  # fmt: skip
     """`out[out_row : out_row + rows, column : column + P] = x[tokens[row : row + rows]] @ panels[expert, panel]`.
 
-    It is the tile `part` of `parts` that meet this panel, and fetches its share of the panel that follows in memory:
-    else the first tile would wait for memory and the others leave it idle.
+    It is the tile `part` of `parts` that meet this panel, and fetches its share of the panel `following`: else the
+    first tile would wait for memory and the others leave it idle.
     """
     stored = panels.dtype
-    signature = types.void(types.intp, x, tokens, types.intp, panels, types.intp, types.intp, out, *[types.intp] * 4)
+    signature = types.void(types.intp, x, tokens, types.intp, panels, *[types.intp] * 3, out, *[types.intp] * 4)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        rows, _, _, row, _, expert, panel, _, out_row, column, part, parts = args
+        rows, _, _, row, _, expert, panel, following, _, out_row, column, part, parts = args
         x_view, tokens_view, panels_view, out_view = (
-            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4, 7)
+            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4, 8)
         )
         x_width = cgutils.unpack_tuple(b, x_view.shape)[1]
         outputs = cgutils.unpack_tuple(b, out_view.shape)[1]
         _, panels_per_expert, inputs, _ = cgutils.unpack_tuple(b, panels_view.shape)
         row_tokens = b.gep(tokens_view.data, [row])
         place = b.gep(out_view.data, [b.add(b.mul(out_row, outputs), column)])
-        index = b.mul(b.add(b.mul(expert, panels_per_expert), panel), b.mul(inputs, i64(PANEL)))
-        weights = b.gep(panels_view.data, [index])
-        following = b.ptrtoint(b.gep(weights, [b.mul(inputs, i64(PANEL))]), I64)
+        weights, next_weights = (
+            b.gep(panels_view.data, [b.mul(b.add(b.mul(expert, panels_per_expert), own), b.mul(inputs, i64(PANEL)))])
+            for own in (panel, following)
+        )
         input_bytes = i64(PANEL * stored.bitwidth // 8)
-        ahead = b.add(following, b.sdiv(b.mul(b.mul(part, inputs), input_bytes), parts))
+        ahead = b.add(b.ptrtoint(next_weights, I64), b.sdiv(b.mul(b.mul(part, inputs), input_bytes), parts))
         ahead_step = b.sdiv(input_bytes, parts)
         end = b.append_basic_block("tile.end")
         choice = b.switch(rows, end)
@@ -315,7 +317,10 @@ def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, ro
                 top = block_rows * tile // tiles
                 height = block_rows * (tile + 1) // tiles - top
                 row = first + block + top
-                _tile(height, x_TI, tokens_S, row, panels_ENIP, expert, panel, out_SO, row, panel * PANEL, tile, tiles)
+                _tile(
+                    height, x_TI, tokens_S, row, panels_ENIP, expert, panel, panel + 1, out_SO, row, panel * PANEL,
+                    tile, tiles,
+                )  # fmt: skip
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
@@ -353,12 +358,13 @@ def _gates(  # type: ignore[no-untyped-def]
         tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
         for panel in range(panel_from, panel_to):
             for side in range(2):
+                own, following = side * panels + panel, panel + (1 if side else panels)
                 for tile in range(tiles):
                     top = block_rows * tile // tiles
                     height = block_rows * (tile + 1) // tiles - top
                     _tile(
-                        height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, side * panels + panel,
-                        both_RP, top, side * PANEL, tile, tiles,
+                        height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, own, following, both_RP,
+                        top, side * PANEL, tile, tiles,
                     )  # fmt: skip
             for row in range(block_rows):
                 to = out + (first + block + row) * out_bytes + panel * PANEL * element_bytes(kind)

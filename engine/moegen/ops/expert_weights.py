@@ -206,7 +206,7 @@ def _in_order(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_gaps(x_TI: torch.Tensor) -> torch.Tensor:
-    """Rows as `laid_out` or a product made them, with what lies between them; others are copied if they must be."""
+    """Rows as `laid_out` or a product made them, with what lies between them; rows without gaps as they are."""
     if x_TI.stride(1) != 1 or x_TI.stride(0) <= x_TI.shape[1]:
         return x_TI.contiguous()
     return x_TI.as_strided((x_TI.shape[0], x_TI.stride(0)), (x_TI.stride(0), 1))

@@ -2,7 +2,7 @@
 
 Written out in torch it takes three passes, another where rows are rounded for that product, and the last bits of a row
 depend on where its threads cut the batch. Compiled by Numba at first use, which caches it by this file: change
-something here after a change in `moegen.ops.vectors`.
+something here after a change in `moegen.ops.vectors` or `vector_ir`.
 
 Shape suffixes: S rows, F features.
 """

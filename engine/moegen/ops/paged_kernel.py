@@ -215,7 +215,7 @@ def attend_pages(
     """Writes the attention of the spans' queries into their rows of `out_THD`; over latents they are absorbed.
 
     With `rounded`, queries and weights are rounded to bfloat16 where pages are that too and the processor multiplies
-    it.
+    it; not if a page's tokens make no whole pairs, or its dims no whole blocks of columns.
     """
     keys_PGCD, *others = pages.tables
     values_PGCD, *scales = others or [keys_PGCD]  # over latents, what is kept is both

@@ -59,7 +59,10 @@ def _host_rates(rates: Rates, machine: Machine, model_uri: str | None) -> Rates:
     with _measuring("the placing of expert weights"):
         rates = replace(rates, place_bytes_per_s=machine_rates.place_bytes_per_s(_STORED, machine.dots_bf16))
     with _measuring("decode attention on the host"):
-        rates = replace(rates, decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED, machine.dots_bf16))
+        rates = replace(
+            rates,
+            decode_bytes_per_s=engine_rates.decode_bytes_per_s(_STORED, machine.dots_bf16 and machine.device == "cpu"),
+        )
     with _measuring("decode attention over latents on the host"):
         return replace(rates, latent_flops_per_s=engine_rates.latent_flops_per_s(_STORED))
 
