@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from moegen.coding import GROUP_MULTIPLE
-from moegen.ops.expert_kernel import PANEL, TILE_ROWS, add_tile, claim, own_panels, share_of, shares_of
+from moegen.ops.expert_kernel import PANEL, TILE_ROWS, add_tile, claimed
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.vector_ir import (
     I32,
@@ -255,33 +255,23 @@ def grouped_codes(  # type: ignore[no-untyped-def]
 
     `weights_RIP` (I = `BLOCK_INPUTS`) and `sums_RSP` (S = `ROW_BLOCK`) are scratch, one for each thread.
     """
-    experts = codes_EXB.shape[0]
     at_once, row_block = weights_RIP.shape[1], sums_RSP.shape[1]
-    work = starts_E1[experts] * panels
-    shares = shares_of(threads)
     next_share = np.zeros(1, np.int64)
     for thread in numba.prange(threads):
         weights_IP, sums_SP = weights_RIP[thread], sums_RSP[thread]
-        share = claim(next_share)
-        while share < shares:
-            work_from, work_to = share_of(work, share, shares)
-            share = claim(next_share)
-            for expert in range(experts):
-                first = starts_E1[expert]
-                rows = starts_E1[expert + 1] - first
-                panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
-                for block in range(first, first + rows, row_block):
-                    block_rows = min(first + rows - block, row_block)
-                    tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
-                    for panel in range(panel_from, panel_to):
-                        for i in range(0, inputs, at_once):
-                            count = min(inputs - i, at_once)
-                            expand_inputs(order, kind, bits, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel,
-                                          i, count, weights_IP)  # fmt: skip
-                            for tile in range(tiles):
-                                top = block_rows * tile // tiles
-                                height = block_rows * (tile + 1) // tiles - top
-                                add_tile(height, x_TI, tokens_S[block:], top, i, count, weights_IP, sums_SP)
-                        for row in range(block_rows):
-                            for place in range(PANEL):
-                                out_SO[block + row, panel * PANEL + place] = sums_SP[row, place]
+        for expert, first, end, panel_from, panel_to in claimed(next_share, threads, starts_E1, panels):
+            for block in range(first, end, row_block):
+                block_rows = min(end - block, row_block)
+                tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
+                for panel in range(panel_from, panel_to):
+                    for i in range(0, inputs, at_once):
+                        count = min(inputs - i, at_once)
+                        expand_inputs(order, kind, bits, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel,
+                                      i, count, weights_IP)  # fmt: skip
+                        for tile in range(tiles):
+                            top = block_rows * tile // tiles
+                            height = block_rows * (tile + 1) // tiles - top
+                            add_tile(height, x_TI, tokens_S[block:], top, i, count, weights_IP, sums_SP)
+                    for row in range(block_rows):
+                        for place in range(PANEL):
+                            out_SO[block + row, panel * PANEL + place] = sums_SP[row, place]

@@ -16,7 +16,7 @@ from moegen.coding import Coding
 from moegen.ops.code_kernel import BLOCK_INPUTS, KINDS, ORDERS, ROW_BLOCK, ROW_BYTES, grouped_codes
 from moegen.ops.code_placing import place_runs
 from moegen.ops.expert_kernel import PANEL
-from moegen.ops.expert_weights import laid_out
+from moegen.ops.expert_weights import laid_out, starts_of, with_gaps
 from moegen.ops.threads import numba_threads
 from moegen.ops.weight_codes import expanded, quantised, zero_shifts
 
@@ -130,10 +130,8 @@ class CodedMatrix:
     def _linear_on_cpu(
         self, laid_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None
     ) -> torch.Tensor:
-        starts = np.zeros(self.experts + 1, np.int64)
-        np.cumsum(counts, out=starts[1:])
+        starts = starts_of(counts)
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
-        x = laid_TI.as_strided((laid_TI.shape[0], laid_TI.stride(0)), laid_TI.stride())  # with the gaps between rows
         out_SO = torch.empty(len(tokens), self._panels * PANEL)
         scales = self.scales_EGO.view(torch.uint16) if self.scales_EGO.dtype == torch.bfloat16 else self.scales_EGO
         zeros = self.zeros_EGO
@@ -141,7 +139,7 @@ class CodedMatrix:
             zeros = torch.full((1, 1, self._panels * PANEL), self.coding.zero or 0, dtype=torch.int16)
         threads = numba_threads()
         grouped_codes(
-            x.numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.coding.bits,
+            with_gaps(laid_TI).numpy(), tokens, ORDERS[self.coding.order], KINDS[self.coding.kind], self.coding.bits,
             self.codes.numpy(), self.coding.group_inputs, scales.numpy(), zeros.numpy(), self._panels,
             self.in_features, starts, out_SO.numpy(), torch.empty(threads, BLOCK_INPUTS, PANEL).numpy(),
             torch.empty(threads, ROW_BLOCK, PANEL).numpy(), threads,

@@ -249,7 +249,7 @@ _CLAIMS = 8  # of shares of the work, per thread
 
 
 @intrinsic
-def claim(typing: Any, next_share: Any) -> Any:
+def _claim(typing: Any, next_share: Any) -> Any:
     """`next_share[0]`, which no other thread is given, and one more for whoever comes next."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -268,107 +268,70 @@ def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # 
     that is done claims the next share, and shares grow smaller: a core that the operating system, or a virtual
     machine's host, gives to others for a while leaves more to the rest.
     """
-    experts, panels = panels_ENIP.shape[:2]
-    work = starts_E1[experts] * panels
-    shares = shares_of(threads)
     next_share = np.zeros(1, np.int64)
     for _ in numba.prange(threads):
-        share = claim(next_share)
-        while share < shares:
-            work_from, work_to = share_of(work, share, shares)
-            share = claim(next_share)
-            for expert in range(experts):
-                first = starts_E1[expert]
-                rows = starts_E1[expert + 1] - first
-                panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
-                _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, out_SO)
+        for expert, first, end, panel_from, panel_to in claimed(next_share, threads, starts_E1, panels_ENIP.shape[1]):
+            for row in range(first, end, _ROW_BLOCK):
+                rows = min(end - row, _ROW_BLOCK)
+                for panel in range(panel_from, panel_to):
+                    _panel(
+                        x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, panel + 1, out_SO, row, panel * PANEL
+                    )  # fmt: skip
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def claimed(next_share, threads, starts_E1, panels):  # type: ignore[no-untyped-def]
+    """What one thread has to do, until nothing is left: an expert, where its rows begin and end, and some of its
+    `panels`, from one to before another."""
+    experts = len(starts_E1) - 1
+    work, shares = starts_E1[experts] * panels, threads * _CLAIMS if threads > 1 else 1
+    share = _claim(next_share)
+    while share < shares:
+        work_from = work - work * (shares - share) ** 2 // shares**2
+        work_to = work - work * (shares - share - 1) ** 2 // shares**2
+        share = _claim(next_share)
+        for expert in range(experts):
+            first, end = starts_E1[expert], starts_E1[expert + 1]
+            rows = end - first
+            if rows > 0:
+                panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
+                panel_to = min((work_to - first * panels + rows - 1) // rows, panels)
+                if panel_from < panel_to:
+                    yield expert, first, end, panel_from, panel_to
 
 
 @register_jitable
-def shares_of(threads):  # type: ignore[no-untyped-def]
-    """Into how many shares work is cut."""
-    return threads * _CLAIMS if threads > 1 else 1
-
-
-@register_jitable
-def share_of(work, share, shares):  # type: ignore[no-untyped-def]
-    """Where a share of the work begins and ends."""
-    return work - work * (shares - share) ** 2 // shares**2, work - work * (shares - share - 1) ** 2 // shares**2
-
-
-@register_jitable
-def own_panels(first, rows, panels, work_from, work_to):  # type: ignore[no-untyped-def]
-    """Which panels of an expert, whose rows begin at `first`, a share of the work has; the first is not below the
-    second where it has none."""
-    if rows == 0:
-        return 0, 0
-    panel_from = max((work_from - first * panels + rows - 1) // rows, 0)
-    return panel_from, min((work_to - first * panels + rows - 1) // rows, panels)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _panels(x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, out_SO):  # type: ignore[no-untyped-def]
-    """Some panels of one expert with all of its rows."""
-    for block in range(0, rows, _ROW_BLOCK):
-        block_rows = min(rows - block, _ROW_BLOCK)
-        tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
-        for panel in range(panel_from, panel_to):
-            for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
-                top = block_rows * tile // tiles
-                height = block_rows * (tile + 1) // tiles - top
-                row = first + block + top
-                _tile(
-                    height, x_TI, tokens_S, row, panels_ENIP, expert, panel, panel + 1, out_SO, row, panel * PANEL,
-                    tile, tiles,
-                )  # fmt: skip
+def _panel(  # type: ignore[no-untyped-def]
+    x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, following, out, out_row, column
+):  # fmt: skip
+    """One panel with some rows of its expert; for the rest see `_tile`."""
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
+        top = rows * tile // tiles
+        height = rows * (tile + 1) // tiles - top
+        _tile(
+            height, x_TI, tokens_S, row + top, panels_ENIP, expert, panel, following, out, out_row + top, column,
+            tile, tiles,
+        )  # fmt: skip
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def grouped_gates(x_TI, tokens_S, panels_ENIP, starts_E1, kind, out, out_bytes, threads):  # type: ignore[no-untyped-def]
     """`silu(gate) * up`, of `kind`, at the address `out`, rows `out_bytes` apart: gate and up are the halves of what
     `grouped_panels` answers, whole panels each, but are never written to memory. Work is shared as there."""
-    experts, panels = panels_ENIP.shape[0], panels_ENIP.shape[1] // 2
-    work = starts_E1[experts] * panels
-    shares = shares_of(threads)
-    next_share = np.zeros(1, np.int64)
+    panels, next_share = panels_ENIP.shape[1] // 2, np.zeros(1, np.int64)
     for _ in numba.prange(threads):
         both_RP = np.empty((_ROW_BLOCK, 2 * PANEL), np.float32)  # of a panel of gates and one of ups
-        share = claim(next_share)
-        while share < shares:
-            work_from, work_to = share_of(work, share, shares)
-            share = claim(next_share)
-            for expert in range(experts):
-                first = starts_E1[expert]
-                rows = starts_E1[expert + 1] - first
-                panel_from, panel_to = own_panels(first, rows, panels, work_from, work_to)
-                _gates(
-                    x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, both_RP, kind, out,
-                    out_bytes,
-                )  # fmt: skip
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _gates(  # type: ignore[no-untyped-def]
-    x_TI, tokens_S, panels_ENIP, expert, panel_from, panel_to, first, rows, both_RP, kind, out, out_bytes
-):  # fmt: skip
-    """As `_panels`: some panels of one expert's gates, and the same of its ups, with all of its rows."""
-    panels = panels_ENIP.shape[1] // 2
-    for block in range(0, rows, _ROW_BLOCK):
-        block_rows = min(rows - block, _ROW_BLOCK)
-        tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
-        for panel in range(panel_from, panel_to):
-            for side in range(2):
-                own, following = side * panels + panel, panel + (1 if side else panels)
-                for tile in range(tiles):
-                    top = block_rows * tile // tiles
-                    height = block_rows * (tile + 1) // tiles - top
-                    _tile(
-                        height, x_TI, tokens_S, first + block + top, panels_ENIP, expert, own, following, both_RP,
-                        top, side * PANEL, tile, tiles,
-                    )  # fmt: skip
-            for row in range(block_rows):
-                to = out + (first + block + row) * out_bytes + panel * PANEL * element_bytes(kind)
-                gate_row(kind, both_RP.ctypes.data + row * 2 * PANEL * 4, PANEL, True, to)
+        for expert, first, end, panel_from, panel_to in claimed(next_share, threads, starts_E1, panels):
+            for row in range(first, end, _ROW_BLOCK):
+                rows = min(end - row, _ROW_BLOCK)
+                for gate in range(panel_from, panel_to):
+                    up = panels + gate
+                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, gate, up, both_RP, 0, 0)
+                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, up, gate + 1, both_RP, 0, PANEL)
+                    to = out + row * out_bytes + gate * PANEL * element_bytes(kind)
+                    for r in range(rows):
+                        gate_row(kind, both_RP.ctypes.data + r * 2 * PANEL * 4, PANEL, True, to + r * out_bytes)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})

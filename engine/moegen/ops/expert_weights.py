@@ -118,7 +118,7 @@ class PanelMatrix:
         return laid_out(x_TI, self.row_dtype)
 
     def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
-        starts = np.array([0, *counts]).cumsum()
+        starts = starts_of(counts)
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         return self._product(x_TI, tokens, starts, row_width(self._panels_ENIP.shape[1] * PANEL))
 
@@ -127,7 +127,7 @@ class PanelMatrix:
     ) -> torch.Tensor | None:
         if self.out_features % (2 * PANEL):
             return None
-        starts = np.array([0, *counts]).cumsum()
+        starts = starts_of(counts)
         out_SF = _rows((len(tokens_S), self.out_features // 2), dtype)
         kind = np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
         threads = numba_threads()
@@ -197,6 +197,11 @@ class PlainMatrix:
         self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return None
+
+
+def starts_of(counts: Sequence[int]) -> np.ndarray:
+    """Where each expert's rows begin, and where the last one's end."""
+    return np.array([0, *counts]).cumsum()
 
 
 @lru_cache(maxsize=8)

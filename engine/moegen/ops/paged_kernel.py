@@ -454,7 +454,7 @@ def _fold(shape, rows, state, more):  # type: ignore[no-untyped-def]
         put(state.total + r * _FLOAT, total + factor * get_float(more.total + r * _FLOAT))
         acc = state.acc + r * shape.out_stride * _FLOAT
         scale(acc, shape.out_stride // LANES, state.shrink + r * _FLOAT)
-        add_scaled(0, more.acc + r * shape.out_stride * _FLOAT, shape.out_stride, factor, acc)
+        add_scaled(more.acc + r * shape.out_stride * _FLOAT, shape.out_stride, factor, acc)
 
 
 @_jit
@@ -471,7 +471,7 @@ def _answer(shape, task, state, sinks, out):  # type: ignore[no-untyped-def]
                 factor = np.float32(math.exp(best - top))
                 sum_ = factor * sum_ + np.float32(math.exp(sink - top))
             to = out + (q * shape.groups * shape.repeat + h) * shape.value_dim * _FLOAT
-            add_scaled(1, state.acc + r * shape.out_stride * _FLOAT, shape.value_dim, factor / sum_, to)
+            take_scaled(np.float32(0), state.acc + r * shape.out_stride * _FLOAT, shape.value_dim, factor / sum_, to)
 
 
 @_jit
@@ -639,7 +639,7 @@ def _scale_columns(shape, scratch, spans, task, rows, start, stop, scales):  # t
     while token < stop:
         count = min(shape.page_tokens - token % shape.page_tokens, stop - token)
         place = _place(shape, spans, task, token, scales, _FLOAT)
-        add_scaled(1, place, count, np.float32(1), scratch.scales + (token - start) * _FLOAT)
+        take_scaled(np.float32(0), place, count, np.float32(1), scratch.scales + (token - start) * _FLOAT)
         token += count
     vectors = (stop - start + LANES - 1) // LANES
     for r in range(rows.first * shape.repeat, rows.end * shape.repeat):

@@ -19,6 +19,13 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 4 if _FEATURES.get("neon") else 8  # float32 per vector
 DOTS = bool(_FEATURES.get("avx512bf16"))  # whether `dot` can be used here
 LINE_BYTES = 64  # of a cache line
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+V8, V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
+# Cephes' expf: e^x = 1 + x + x^2 P(x) for |x| <= ln 2 / 2.
+_EXP_P = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP_FLOOR = -87.0  # e^x is taken as e^-87 below it: the least of float32 that is not subnormal
+_ALIGNMENT = {I8: 1, V8: 1, I16: 2, V16: 2, V32: 1}  # of words too: they may be four codes
 
 
 def _first_level_bytes() -> int:
@@ -30,13 +37,6 @@ def _first_level_bytes() -> int:
 
 
 _ROOMY = _first_level_bytes() >= 48 << 10  # lines that no other cache has stay there until they are read
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-V8, V16, V32, VF = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
-_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
-# Cephes' expf: e^x = 1 + x + x^2 P(x) for |x| <= ln 2 / 2.
-_EXP_P = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_EXP_FLOOR = -87.0  # e^x is taken as e^-87 below it: the least of float32 that is not subnormal
-_ALIGNMENT = {I8: 1, V8: 1, I16: 2, V16: 2, V32: 1}  # of words too: they may be four codes
 
 
 def i64(value: int) -> ir.Constant:

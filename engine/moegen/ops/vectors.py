@@ -138,7 +138,7 @@ def element_bytes(typing, kind):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def own_size(typing, own):  # type: ignore[no-untyped-def]
-    """The bytes of one element of what is worked with."""
+    """The bytes of one element of what is worked with: of a pair, half of its word."""
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         return i64(2 if own == types.int32 else 4)
@@ -323,12 +323,11 @@ def take_scaled(typing, own, source, count, factor, to):  # type: ignore[no-unty
 
 
 @intrinsic
-def add_scaled(typing, fresh, source, count, factor, to):  # type: ignore[no-untyped-def]
-    """`to[:count] += factor * source[:count]`; `=` if fresh."""
+def add_scaled(typing, source, count, factor, to):  # type: ignore[no-untyped-def]
+    """`to[:count] += factor * source[:count]`."""
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        fresh, source, count, factor, to = args
-        is_fresh = b.icmp_signed("!=", fresh, i64(0))
+        source, count, factor, to = args
         vectors = b.sdiv(count, i64(LANES))
         for kind, first, end in ((VF, i64(0), vectors), (F32, b.mul(vectors, i64(LANES)), count)):
             with cgutils.for_range(b, end, start=first) as loop:
@@ -336,10 +335,10 @@ def add_scaled(typing, fresh, source, count, factor, to):  # type: ignore[no-unt
                 place = at(b, to, loop.index, width)
                 factors = splat(b, factor) if kind == VF else factor
                 added = b.fmul(factors, load(b, at(b, source, loop.index, width), kind))
-                store(b, b.select(is_fresh, added, b.fadd(load(b, place, kind), added)), place)
+                store(b, b.fadd(load(b, place, kind), added), place)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 3, types.float32, types.intp), generate
+    return types.void(*[types.intp] * 2, types.float32, types.intp), generate
 
 
 @intrinsic
@@ -423,12 +422,12 @@ def soften_queries(typing, own, rows, row, vectors, low, high, end, best, total,
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         _, rows, row, vectors, low, high, end, best, total, shrink = args
         first, after, last = (splat(b, b.trunc(bound, I32)) for bound in (low, high, end))
-        steps = [splat(b, b.trunc(own, I32)) for own in _own_rows(b, rows)]
+        steps = [splat(b, b.trunc(row, I32)) for row in _own_rows(b, rows)]
 
         def inside(vector: ir.Value) -> list[ir.Value]:
             there = _inside(b, vector, first, last)
             seen = [_inside(b, vector, b.add(first, step), b.add(after, step)) for step in steps]
-            return [b.and_(there, step) for step in seen]
+            return [b.and_(there, own_columns) for own_columns in seen]
 
         _soften(b, own, rows, row, vectors, best, total, shrink, inside)
         return context.get_dummy_value()
