@@ -134,6 +134,19 @@ def test_homes_do_not_change_answers(expected, homes, checkpoint: Path, tokenize
     assert _run(checkpoint, tokenizer, _requests(greedy), **SIZES[2], **homes, logit_tokens=5) == answers
 
 
+def test_the_last_layer_answers_only_what_the_head_is_asked(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Of a prompt's tokens that is the last one; every other layer's keys and values need them all."""
+    requests = _requests(greedy=True)
+    with Engine.load(checkpoint, plan(**SIZES[0]), staged=True, tokenizer=tokenizer) as engine:
+        _, passes = run(engine, requests)
+    assert sum(report.prefill_tokens for report in passes) > 5 * ROWS
+    for report in passes:
+        *earlier, last = (int(counts.sum()) for counts in (report.expert_counts or {}).values())
+        routed = earlier[0] // report.tokens  # experts of a token
+        assert earlier == [routed * report.tokens] * len(earlier)
+        assert last == routed * max(report.generated_tokens, 1)
+
+
 def test_the_rows_are_varied(expected) -> None:
     """Otherwise equality would say little."""
     greedy, answers = expected

@@ -2,8 +2,8 @@
 
 Mixtral-8x7B in bfloat16 on an RTX A5000 (24 GB) in a host of 512 GB, prompts of 512 tokens. Its mechanism as far as it
 matters here: prefill and decode are separate phases, every prompt is padded, KV lives on the host for a sequence's
-whole length from the start, all weights come over the link in every pass, decode attention is split between the host's
-cores and the device, or done by the device alone.
+whole length from the start, all weights come over the link in every pass, every token goes through every layer's
+experts, decode attention is split between the host's cores and the device, or done by the device alone.
 
 Published, or of the hardware's data sheet: the figures themselves, the sizes above, the model's geometry, 111 TFLOP/s
 dense bfloat16, PCIe 4.0 x16, and that its CPU attention reads 24 GB/s.
@@ -59,7 +59,7 @@ def _load(sequences: float, *, prompt: int = 0, context: float = 0) -> Load:
     prefilling = sequences - decoding
     values = (
         decoding + prefilling * prompt, sequences, sequences, decoding, decoding * context, prefilling,
-        prefilling * prompt, prefilling * prompt * (prompt + 1) / 2,
+        prefilling * prompt, prefilling * prompt * (prompt + 1) / 2, decoding + prefilling * prompt,
     )  # fmt: skip
     return Load(*(np.array([float(value)]) for value in values))
 

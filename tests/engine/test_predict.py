@@ -40,7 +40,7 @@ def footprint(plan: Plan) -> Footprint:
 
 
 def decode(sequences: float, context: float) -> Load:
-    values = (sequences, sequences, sequences, sequences, sequences * context, 0, 0, 0)
+    values = (sequences, sequences, sequences, sequences, sequences * context, 0, 0, 0, sequences)
     return Load(*(np.array([float(value)]) for value in values))
 
 

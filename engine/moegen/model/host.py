@@ -151,7 +151,7 @@ class _Trace:
         self.states: dict[nn.Module, StateShape] = {}
         zero = np.zeros(1, np.int64)
         self._batches = (AttentionBatch(0, 1, (), zero, zero),)
-        self.tokens = 1
+        self.tokens, self.kept = 1, None
 
     def in_batches(self, work: Callable[[Sequence[AttentionBatch]], Done]) -> Done:
         return work(self._batches)
@@ -186,5 +186,6 @@ def stage_layers(model: nn.Module) -> None:
         for index, layer in enumerate(modules)
         if plain_parts(layer)
     ]
+    one_list = len({modules for modules, _ in places}) == 1  # else which of them comes last is not known
     for modules, index in places:
-        modules[index] = StagedLayer(modules[index])
+        modules[index] = StagedLayer(modules[index], last=one_list and index == len(modules) - 1)

@@ -53,6 +53,11 @@ class PassContext(Protocol):
         """T, the tokens of the pass."""
         ...
 
+    @property
+    def kept(self) -> torch.Tensor | None:
+        """`[S]` the tokens, at least one, of which something is asked after the last layer; None: all."""
+        ...
+
     def within(self, batch: AttentionBatch) -> PassContext:
         """The same pass, for an attention stage that brings only this micro-batch."""
         ...

@@ -3,6 +3,9 @@
     h = h + self_attn(input_layernorm(h))            attention stage, or a recurrent module's: in micro-batches
     h = h + mlp(post_attention_layernorm(h))         expert stage: every token of the pass
 
+After the model's last attention nothing looks at a token any more but the head: its last expert stage is for the tokens
+that the head is asked about. Of a prompt that is the last one.
+
 `StagedLayer` takes a layer's place in the model. Whether a family's layers are of this shape is not guessed from their
 attributes: `moegen.model.certify` compares the staged model with transformers' own forward.
 """
@@ -35,11 +38,14 @@ def plain_parts(layer: nn.Module) -> list[Any] | None:
 
 
 class StagedLayer(nn.Module):
-    """Runs `layer` stage by stage; the keyword argument `moegen` is the pass."""
+    """Runs `layer` stage by stage; the keyword argument `moegen` is the pass.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Of the `last` layer of a model, only the rows that the pass keeps are those that the plain layer would answer.
+    """
+
+    def __init__(self, layer: nn.Module, *, last: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self._last = layer, last
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks of its layers (`attention_type`, `layer_type`, ...) is the layer's to answer."""
@@ -54,7 +60,10 @@ class StagedLayer(nn.Module):
         after_1TD, normed_1TD = moegen.in_batches(
             lambda batches: self._attend(parts, hidden_1TD, batches, moegen, kwargs)
         )
-        return after_1TD.add_(_first(parts[-1](normed_1TD)))
+        kept_S = moegen.kept if self._last else None
+        if kept_S is None:
+            return after_1TD.add_(_first(parts[-1](normed_1TD)))
+        return after_1TD.index_add_(1, kept_S, _first(parts[-1](normed_1TD[:, kept_S])))
 
     def _attend(
         self, parts: list[Any], hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext,

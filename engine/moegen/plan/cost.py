@@ -32,6 +32,7 @@ class Load:
     prefill_chunks: Floats
     prefill_tokens: Floats
     prefill_pairs: Floats  # (query, key) pairs of the prefill tokens
+    kept: Floats  # tokens that go through the last layer's experts: those that the head is asked about
 
     def scaled(self, factor: float | Floats) -> Load:
         return Load(*(getattr(self, item.name) * factor for item in fields(self)))
@@ -120,9 +121,12 @@ class CostModel:
         shape = self.shape
         if not shape.experts:
             return np.zeros_like(load.tokens)
-        pairs = load.tokens * shape.experts_per_token
-        flops = 2 * pairs * shape.moe_layers * self.footprint.expert_elements
-        return flops / at(self._expert_curve, pairs / shape.experts)
+
+        def layer(tokens: Floats) -> Floats:
+            pairs = tokens * shape.experts_per_token
+            return 2 * pairs * self.footprint.expert_elements / at(self._expert_curve, pairs / shape.experts)
+
+        return (shape.moe_layers - 1) * layer(load.tokens) + layer(np.maximum(load.kept, 1))
 
     def _host_decode_seconds(self, load: Load) -> Floats:
         """Of all decode attention, by the host's cores: arithmetic binds over latents, which all heads share."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,7 @@ def simulate(plan: Plan, workload: Workload, window: int = WINDOW_ROWS) -> Run:
                     == chunk.sequence.request.params.max_tokens
                 ):
                     scheduler.end(chunk.sequence)
-    return Run(Load(*np.array(passes, np.float64).reshape(-1, 8).T), admitting)
+    return Run(Load(*np.array(passes, np.float64).reshape(-1, len(fields(Load))).T), admitting)
 
 
 def _counted(chunks: list[Chunk]) -> tuple[float, ...]:
@@ -151,7 +151,7 @@ def _counted(chunks: list[Chunk]) -> tuple[float, ...]:
         else:
             prefills, prefilled = prefills + 1, prefilled + chunk.length
             pairs += (chunk.start + end + 1) * chunk.length // 2
-    return tokens, len(chunks), sampled, decoding, kv, prefills, prefilled, pairs
+    return tokens, len(chunks), sampled, decoding, kv, prefills, prefilled, pairs, sampled
 
 
 def _requests(workload: Workload) -> Iterator[Request]:

@@ -133,6 +133,7 @@ class Workload:
             prefill_chunks=prefills,
             prefill_tokens=prefilled,
             prefill_pairs=prefills * max(self._mean_pairs - _pairs(plan.prefix_tokens), 1.0),
+            kept=decodes + prefills,
         )
 
     def _mean_computed(self, plan: Plan) -> float:

@@ -31,6 +31,7 @@ class Pass:
     states: StatePool | None
     observer: Observer
     rounded: bool  # see `paged_attention`
+    kept: torch.Tensor | None  # see `PassContext`
     current: AttentionBatch | None = None  # the micro-batch at hand, inside an attention stage
     _cuts: dict[int, tuple[AttentionBatch, ...]] = field(default_factory=dict)  # by the size of a micro-batch
 
@@ -131,11 +132,15 @@ def forward(
     Attention runs in micro-batches of `attention_tokens`. Every token's KV is in the pool, and every sequence's state
     in `states`, once the first piece is there.
     """
-    this = Pass(step, MicroBatch.of(attention_tokens, "attention"), pool, states, host.observer, host.rounded)
-    yield from host.logits(
-        torch.from_numpy(step.token_ids),
-        torch.from_numpy(step.positions),
-        torch.from_numpy(step.last_tokens) if keep is None else keep,
-        this,
-        logit_tokens,
-    )
+    keep = torch.from_numpy(step.last_tokens) if keep is None else keep
+    at_once = MicroBatch.of(attention_tokens, "attention")
+    this = Pass(step, at_once, pool, states, host.observer, host.rounded, _some(keep, step.tokens, host.device))
+    token_ids, positions = torch.from_numpy(step.token_ids), torch.from_numpy(step.positions)
+    yield from host.logits(token_ids, positions, keep, this, logit_tokens)
+
+
+def _some(keep: torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor | None:
+    """As `PassContext.kept`: no module of a family is asked to make nothing of no tokens."""
+    if len(keep) == tokens:
+        return None
+    return (keep if len(keep) else torch.tensor([tokens - 1])).to(device)
