@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moegen.model.dense import PanelWeight, panel_weights
+from moegen.ops.expert_weights import PanelMatrix
 from moegen.ops.vector_ir import DOTS
 from moegen.run.engine import Engine
 from moegen.schedule.sequence import Request
@@ -146,3 +148,71 @@ def _last_logprobs(checkpoint: Path, prompts: list[tuple[int, ...]], dtype: torc
 
 def engine_of(checkpoint: Path, sizes: dict[str, Any]) -> Engine:
     return Engine.load(checkpoint, plan(**sizes), staged=True, tokenizer=Tokenizer(checkpoint))
+
+
+class Mlp(nn.Module):
+    """Linear modules that families multiply the same rows with."""
+
+    def __init__(self, *, up_inputs: int = HIGH) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(HIGH, LOW), nn.Linear(up_inputs, 2 * LOW, bias=False)
+
+
+@pytest.fixture
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp().requires_grad_(False)
+
+
+@pytest.mark.parametrize("rounded", [False, *([True] if DOTS else [])])
+def test_siblings_answer_as_each_alone(mlp: Mlp, rounded: bool) -> None:
+    alone = nn.ModuleList([copy.deepcopy(mlp.up_proj), copy.deepcopy(mlp.gate_proj)])
+    stored = torch.bfloat16 if rounded else torch.float32
+    for module in (mlp, alone):
+        for weights in module.parameters():
+            weights.copy_(weights.to(torch.bfloat16))
+        panel_weights(module, stored, rounded)
+    for rows in (1, 7, 515):
+        x = torch.randn(rows, 1, HIGH)
+        assert torch.equal(mlp.gate_proj(x), alone[1](x))
+        assert torch.equal(mlp.up_proj(x), alone[0](x))
+    x = torch.randn(3, HIGH)  # in the other order, and one of them only
+    assert torch.equal(mlp.up_proj(x), alone[0](x))
+    assert torch.equal(mlp.gate_proj(x), alone[1](x))
+    assert torch.equal(mlp.up_proj.weight.unpacked(), alone[0].weight.unpacked())
+
+
+def test_siblings_that_meet_other_rows_go_apart(mlp: Mlp) -> None:
+    """Whatever is asked in whatever order, an answer is of the rows that it is asked of."""
+    alone = copy.deepcopy(mlp)
+    panel_weights(mlp, torch.float32)
+    a, b = torch.randn(2, 5, HIGH)
+    for module, x in [("gate_proj", a), ("up_proj", b), ("gate_proj", b), ("gate_proj", a), ("up_proj", a)]:
+        assert torch.allclose(getattr(mlp, module)(x), getattr(alone, module)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_siblings_multiply_once(mlp: Mlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel_weights(mlp, torch.float32)
+    calls, product = list[torch.Tensor](), PanelMatrix.packed_linears
+
+    def counted(own: PanelMatrix, x_TI: torch.Tensor, features: list[int]) -> list[torch.Tensor]:
+        calls.append(x_TI)
+        return product(own, x_TI, features)
+
+    monkeypatch.setattr(PanelMatrix, "packed_linears", counted)
+    for _ in range(3):
+        x = torch.randn(4, HIGH)
+        mlp.gate_proj(x), mlp.up_proj(x)
+    assert len(calls) == 3
+
+
+def test_what_is_no_sibling_is_multiplied_alone() -> None:
+    """Other inputs, and weights that somebody else has too."""
+    shared = Mlp().requires_grad_(False)
+    other = nn.ModuleDict({"mlp": shared, "tied": nn.Linear(HIGH, LOW, bias=False)})
+    other["tied"].weight = shared.gate_proj.weight
+    for model, mlp in [(other, shared), *[(one := Mlp(up_inputs=HIGH // 2).requires_grad_(False), one)]]:
+        panel_weights(model, torch.float32)
+        assert (mlp.gate_proj.joint, mlp.up_proj.joint) == (None, None)
+        assert isinstance(mlp.gate_proj.weight, PanelWeight)
+    assert other["tied"].weight is shared.gate_proj.weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ import torch
 from moegen.memory.direct_read import DirectFiles, ReadBuffer
 from moegen.memory.weight_home import Piece, pinned
 from moegen.ops.coded_matrix import CodedMatrix
-from moegen.ops.expert_weights import ExpertGroup, ExpertMatrix, PlainMatrix
+from moegen.ops.expert_weights import Counts, ExpertGroup, ExpertMatrix, PlainMatrix
 from moegen.units import MIB
 
 _COPY_BYTES = 64 * MIB  # of one copy from the host's slab, about: a millisecond, so that asking for it costs nothing
@@ -161,15 +161,15 @@ class _First:
     def nbytes(self) -> int:
         return self._matrix.nbytes * self.experts // self._matrix.experts
 
-    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         return self._matrix.linear(x_TI, self._all(counts), tokens_S)
 
     def gated(
-        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+        self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return self._matrix.gated(x_TI, self._all(counts), tokens_S, dtype)
 
-    def _all(self, counts: Sequence[int]) -> list[int]:
+    def _all(self, counts: Counts) -> list[int]:
         return [*counts, *[0] * (self._matrix.experts - self.experts)]
 
 

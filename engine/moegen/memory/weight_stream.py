@@ -29,7 +29,7 @@ from moegen.memory.direct_read import DirectFiles
 from moegen.memory.stored_experts import ExpertSource
 from moegen.memory.weight_home import Piece, WeightHomes
 from moegen.memory.weight_slot import Fill, HostCopy, Slot, SlotReader, Work
-from moegen.ops.expert_weights import ExpertGroup
+from moegen.ops.expert_weights import Counts, ExpertGroup
 from moegen.ops.threads import use_threads
 
 Floats = npt.NDArray[np.float64]
@@ -130,7 +130,11 @@ class WeightStream:
         with self._changed:
             self._skipped = frozenset(pieces)
 
-    def note(self, layer: str, counts_E: Sequence[int]) -> None:
+    def moves(self, pieces: Iterable[Piece]) -> bool:
+        """Whether any of them has to come."""
+        return not self._works.keys().isdisjoint(pieces)
+
+    def note(self, layer: str, counts_E: Counts) -> None:
         """In a pass, each expert of a layer met so many tokens."""
         with self._changed:
             self._met[layer] = np.array(counts_E, np.float64) + _REMEMBERED * self._met.get(layer, 0.0)
@@ -292,8 +296,14 @@ class StreamedExperts:
     stream: WeightStream
     pieces: tuple[Piece, ...]
 
-    def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:
+    def lend(self, counts_E: Counts) -> Iterator[ExpertGroup]:
         """The groups that have tokens, in expert order; of a group, only the experts that have tokens are read."""
+        if not self.stream.moves(self.pieces):
+            for piece in self.pieces:
+                if any(counts_E[piece.first : piece.first + piece.experts]):
+                    with self.stream.take(piece) as group:
+                        yield group
+            return
         used = {expert for expert, count in enumerate(counts_E) if count}
         own = {piece: used & set(range(piece.first, piece.first + piece.experts)) for piece in self.pieces}
         self.stream.note(self.pieces[0].layer, counts_E)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from moegen.ops.expert_kernel import PANEL
 from moegen.ops.expert_weights import PanelMatrix
 
 
@@ -25,15 +26,15 @@ class PanelWeight(torch.Tensor):
     _matrix: PanelMatrix
 
     @staticmethod
-    def __new__(cls, weight_OI: torch.Tensor, dtype: torch.dtype, rounded: bool = False) -> PanelWeight:
-        """Kept in `dtype` where that loses nothing, in float32 otherwise; for `rounded` see `PanelMatrix`."""
+    def __new__(
+        cls, weight_OI: torch.Tensor, dtype: torch.dtype, rounded: bool = False, matrix: PanelMatrix | None = None
+    ) -> PanelWeight:
+        """Kept as `exact_dtype` says; for `rounded` see `PanelMatrix`. `matrix`: where it is to lie, of that dtype."""
         weight_OI = weight_OI.detach()
-        out_features, in_features = weight_OI.shape
-        if not torch.equal(weight_OI.to(dtype).to(weight_OI.dtype), weight_OI):
-            dtype = weight_OI.dtype
         # What torch itself sees has the shape, and shows at once if anything reached it past the functions below.
         self = torch.full((), torch.nan).expand(weight_OI.shape).as_subclass(cls)
-        self._matrix = PanelMatrix(1, out_features, in_features, dtype, rounded)
+        out_features, in_features = weight_OI.shape
+        self._matrix = matrix or PanelMatrix(1, out_features, in_features, exact_dtype(weight_OI, dtype), rounded)
         self._matrix.place(0, 0, weight_OI)
         return self
 
@@ -82,17 +83,104 @@ _METADATA = (
 )
 
 
+class PanelLinear(nn.Linear):
+    """A linear module whose weight is a `PanelWeight`, with no detour through torch's functions.
+
+    Attributes:
+        joint: the product of its siblings and itself, and which of them it is; None: it is multiplied alone.
+    """
+
+    joint: tuple[JointProduct, int] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        if self.joint is None or (out := self.joint[0].answer(self.joint[1], x)) is None:
+            return cast(torch.Tensor, weight.times(x, self.bias))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class JointProduct:
+    """Linear modules that meet the same rows, one after another: whichever is asked first multiplies for all.
+
+    Modules that are once seen to meet other rows than their siblings are multiplied alone from then on. Rows must not
+    be written to between the first's answer and the last's.
+    """
+
+    def __init__(self, matrix: PanelMatrix, features: Sequence[int]) -> None:
+        """`matrix` is made of theirs, with so many output features each, side by side."""
+        self._matrix, self._features = matrix, features
+        self._x: torch.Tensor | None = None
+        self._answers: dict[int, torch.Tensor] = {}  # that nobody has asked for yet
+        self._apart = False
+
+    def answer(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
+        """Module `index`'s product with `x`, `[..., O]`; None: it is to be multiplied alone."""
+        self._apart |= bool(self._answers) and self._x is not x
+        if self._apart:
+            self._x, self._answers = None, {}
+            return None
+        if index not in self._answers:
+            x_TI = x.reshape(-1, self._matrix.in_features)
+            self._x, self._answers = x, dict(enumerate(self._matrix.packed_linears(x_TI, self._features)))
+        out_TO = self._answers.pop(index)
+        if not self._answers:
+            self._x = None
+        return out_TO.view(*x.shape[:-1], self._features[index])
+
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by the names that families have for them
+
+
+def exact_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, where that loses nothing of the weight; else its own."""
+    return dtype if torch.equal(weight.to(dtype).to(weight.dtype), weight) else weight.dtype
+
+
 def panel_weights(model: nn.Module, dtype: torch.dtype, rounded: bool = False) -> None:
     """Puts a `PanelWeight` in the place of every matrix that modules have as their `weight` and multiply with."""
-    owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
+    owners: dict[torch.Tensor, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() == 2 and weight.dtype == torch.float32:
             owners[weight].append(module)
+    for siblings in _siblings(model, owners):
+        for module in siblings:
+            del owners[module.weight]
+        _join(siblings, dtype, rounded)
     while owners:  # one after the other is given up: two copies of all would be beyond what is planned for
-        weight, modules = owners.popitem()
+        matrix_OI, modules = owners.popitem()
         if not all(isinstance(module, nn.Embedding) for module in modules):
-            panels = PanelWeight(weight, dtype, rounded)
+            panels = PanelWeight(matrix_OI, dtype, rounded)
             for module in modules:
-                del module.weight
-                module.weight = panels
+                _give(module, panels)
+
+
+def _give(module: nn.Module, panels: PanelWeight) -> None:
+    del module.weight
+    module.weight = panels
+    if type(module) is nn.Linear:
+        module.__class__ = PanelLinear
+
+
+def _siblings(model: nn.Module, owners: Mapping[torch.Tensor, Sequence[nn.Module]]) -> Iterator[list[nn.Linear]]:
+    """Modules whose weights can lie side by side: nobody else's, and whole panels."""
+    for parent in list(model.modules()):
+        for names in _SIBLINGS:
+            found = [child for name in names if type(child := getattr(parent, name, None)) is nn.Linear]
+            if len(found) == len(names) and all(owners.get(child.weight) == [child] for child in found):
+                inputs, whole = {child.in_features for child in found}, all(c.out_features % PANEL == 0 for c in found)
+                if len(inputs) == 1 and whole:
+                    yield found
+
+
+def _join(siblings: Sequence[nn.Linear], dtype: torch.dtype, rounded: bool) -> None:
+    """Gives each its `PanelWeight`, and all their `JointProduct`. In `dtype` if that loses nothing of any weight."""
+    dtypes = {exact_dtype(module.weight, dtype) for module in siblings}
+    features = [module.out_features for module in siblings]
+    whole = PanelMatrix(
+        1, sum(features), siblings[0].in_features, dtypes.pop() if len(dtypes) == 1 else torch.float32, rounded
+    )  # fmt: skip
+    joint = JointProduct(whole, features)
+    for index, (module, own) in enumerate(zip(siblings, whole.beside(features), strict=True)):
+        _give(module, PanelWeight(module.weight, own.dtype, rounded, own))
+        cast(PanelLinear, module).joint = joint, index

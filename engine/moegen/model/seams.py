@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moegen.errors import UnsupportedModel
 from moegen.model.sparse import Unmasked
 from moegen.ops.attention import AttentionRule
-from moegen.ops.expert_weights import ExpertGroup, ExpertSupply
+from moegen.ops.expert_weights import Counts, ExpertGroup, ExpertSupply
 from moegen.ops.experts import grouped_experts
 from moegen.ops.micro_batch import MicroBatch
 from moegen.schedule.step import AttentionBatch
@@ -123,7 +123,7 @@ def attention(
 class Observer(Protocol):
     """Hears what happens inside a pass."""
 
-    def count(self, layer: str, counts_E: Sequence[int]) -> None:
+    def count(self, layer: str, counts_E: Counts) -> None:
         """Each expert of a layer met so many tokens."""
         ...
 
@@ -135,7 +135,7 @@ class Observer(Protocol):
 class Unobserved:
     """An `Observer` that keeps nothing."""
 
-    def count(self, layer: str, counts_E: Sequence[int]) -> None:
+    def count(self, layer: str, counts_E: Counts) -> None:
         pass
 
     def timed(self, part: Literal["attention", "experts"]) -> AbstractContextManager[None]:
@@ -151,7 +151,7 @@ class ExpertStage:
     expert_tokens: MicroBatch
     observer: Observer
 
-    def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:
+    def lend(self, counts_E: Counts) -> Iterator[ExpertGroup]:
         """The supply's groups; tells the observer what they are wanted for."""
         self.observer.count(self.layer, counts_E)
         return self.supply.lend(counts_E)

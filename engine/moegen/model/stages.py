@@ -46,45 +46,39 @@ class StagedLayer(nn.Module):
     def __init__(self, layer: nn.Module, *, last: bool) -> None:
         super().__init__()
         self.layer, self._last = layer, last
+        parts = plain_parts(layer)
+        assert parts is not None
+        self._parts = tuple(parts)  # found once: they are asked for in every pass, and modules are slow to look up
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks of its layers (`attention_type`, `layer_type`, ...) is the layer's to answer."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
+        layer = self.__dict__["_modules"]["layer"]
+        return layer if name == "layer" else getattr(layer, name)
 
     def forward(self, hidden_1TD: torch.Tensor, *, moegen: PassContext, **kwargs: Any) -> torch.Tensor:
-        parts = plain_parts(self.layer)
-        assert parts is not None
-        after_1TD, normed_1TD = moegen.in_batches(
-            lambda batches: self._attend(parts, hidden_1TD, batches, moegen, kwargs)
-        )
+        mlp = self._parts[-1]
+        after_1TD, normed_1TD = moegen.in_batches(lambda batches: self._attend(hidden_1TD, batches, moegen, kwargs))
         kept_S = moegen.kept if self._last else None
         if kept_S is None:
-            return after_1TD.add_(_first(parts[-1](normed_1TD)))
-        return after_1TD.index_add_(1, kept_S, _first(parts[-1](normed_1TD[:, kept_S])))
+            return after_1TD.add_(_first(mlp(normed_1TD)))
+        return after_1TD.index_add_(1, kept_S, _first(mlp(normed_1TD[:, kept_S])))
 
     def _attend(
-        self, parts: list[Any], hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext,
-        kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after attention, and what the experts are to see of them: normed while it is in the cache."""
-        norm, mixer, next_norm, _ = parts
-
-        def one(batch: AttentionBatch, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-            x_1tD = hidden_1TD[:, batch.own]
-            narrowed = {name: cut(value, batch.own, moegen.tokens) for name, value in kwargs.items()}
-            attended = mixer(hidden_states=norm(x_1tD), moegen=moegen.within(batch), **narrowed)
-            after_1tD = torch.add(x_1tD, _first(attended), out=out)
-            return after_1tD, next_norm(after_1tD)
-
+        norm, mixer, next_norm, _ = self._parts
         if len(batches) == 1:
-            after_1TD, normed_1TD = one(batches[0])
+            attended = mixer(hidden_states=norm(hidden_1TD), moegen=moegen.within(batches[0]), **kwargs)
+            after_1TD = hidden_1TD + _first(attended)
+            normed_1TD = next_norm(after_1TD)
             return after_1TD, laid_out(normed_1TD[0], normed_1TD.dtype)[None]
         after_1TD, normed_1TD = torch.empty_like(hidden_1TD), empty_rows(hidden_1TD)
         for batch in batches:
-            _, normed_1TD[:, batch.own] = one(batch, after_1TD[:, batch.own])
+            own, x_1tD = batch.own, hidden_1TD[:, batch.own]
+            narrowed = {name: cut(value, own, moegen.tokens) for name, value in kwargs.items()}
+            attended = mixer(hidden_states=norm(x_1tD), moegen=moegen.within(batch), **narrowed)
+            normed_1TD[:, own] = next_norm(torch.add(x_1tD, _first(attended), out=after_1TD[:, own]))
         return after_1TD, normed_1TD
 
 

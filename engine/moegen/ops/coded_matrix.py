@@ -7,7 +7,7 @@ by expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from moegen.coding import Coding
 from moegen.ops.code_kernel import BLOCK_INPUTS, KINDS, ORDERS, ROW_BLOCK, ROW_BYTES, grouped_codes
 from moegen.ops.code_placing import place_runs
 from moegen.ops.expert_kernel import PANEL
-from moegen.ops.expert_weights import laid_out, starts_of, with_gaps
+from moegen.ops.expert_weights import Counts, laid_out, starts_of, with_gaps
 from moegen.ops.threads import numba_threads
 from moegen.ops.weight_codes import expanded, quantised, zero_shifts
 
@@ -113,23 +113,23 @@ class CodedMatrix:
     def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
         return laid_out(x_TI) if self._on_cpu else x_TI
 
-    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         if self._on_cpu:
             return self._linear_on_cpu(laid_out(x_TI), counts, tokens_S)
         x_SI = x_TI if tokens_S is None else x_TI[tokens_S]
         answers = [
-            x @ self.expanded(expert).to(x.dtype).T for expert, x in enumerate(x_SI.split(list(counts))) if len(x)
+            x @ self.expanded(expert).to(x.dtype).T
+            for expert, x in enumerate(x_SI.split(np.diff(starts_of(counts)).tolist()))
+            if len(x)
         ]
         return torch.cat(answers) if answers else x_SI.new_empty(0, self.out_features)
 
     def gated(
-        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+        self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return None
 
-    def _linear_on_cpu(
-        self, laid_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _linear_on_cpu(self, laid_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor | None) -> torch.Tensor:
         starts = starts_of(counts)
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         out_SO = torch.empty(len(tokens), self._panels * PANEL)

@@ -108,26 +108,26 @@ def _load_weights(b: ir.IRBuilder, pointer: ir.Value, stored: types.Type) -> lis
 @intrinsic
 def _tile(
     typing: Any, rows: Any, x: Any, tokens: Any, row: Any, panels: Any, expert: Any, panel: Any, following: Any,
-    out: Any, out_row: Any, column: Any, part: Any, parts: Any,
+    out: Any, out_width: Any, part: Any, parts: Any,
 ) -> Any:  # fmt: skip
-    """`out[out_row : out_row + rows, column : column + P] = x[tokens[row : row + rows]] @ panels[expert, panel]`.
+    """`out[:rows, :P] = x[tokens[row : row + rows]] @ panels[expert, panel]`, for an address `out` of floats whose rows
+    are `out_width` apart.
 
     It is the tile `part` of `parts` that meet this panel, and fetches its share of the panel `following`: else the
     first tile would wait for memory and the others leave it idle.
     """
     stored = panels.dtype
-    signature = types.void(types.intp, x, tokens, types.intp, panels, *[types.intp] * 3, out, *[types.intp] * 4)
+    signature = types.void(types.intp, x, tokens, types.intp, panels, *[types.intp] * 7)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        rows, _, _, row, _, expert, panel, following, _, out_row, column, part, parts = args
-        x_view, tokens_view, panels_view, out_view = (
-            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4, 8)
+        rows, _, _, row, _, expert, panel, following, out, out_width, part, parts = args
+        x_view, tokens_view, panels_view = (
+            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4)
         )
         x_width = cgutils.unpack_tuple(b, x_view.shape)[1]
-        outputs = cgutils.unpack_tuple(b, out_view.shape)[1]
         _, panels_per_expert, inputs, _ = cgutils.unpack_tuple(b, panels_view.shape)
         row_tokens = b.gep(tokens_view.data, [row])
-        place = b.gep(out_view.data, [b.add(b.mul(out_row, outputs), column)])
+        place = b.inttoptr(out, ir.FloatType().as_pointer())
         weights, next_weights = (
             b.gep(panels_view.data, [b.mul(b.add(b.mul(expert, panels_per_expert), own), b.mul(inputs, i64(PANEL)))])
             for own in (panel, following)
@@ -145,7 +145,7 @@ def _tile(
             x_rows = [b.gep(x_view.data, [b.mul(token, x_width)]) for token in own_tokens]
             starts = [[vf(0.0)] * _TILE.vectors for _ in x_rows]
             sums = _emit_rows(b, x_rows, inputs, weights, stored, starts, (ahead, ahead_step))
-            _store_sums(b, sums, place, outputs)
+            _store_sums(b, sums, place, out_width)
             b.branch(end)
         b.position_at_end(end)
         return context.get_dummy_value()
@@ -268,15 +268,31 @@ def grouped_panels(x_TI, tokens_S, panels_ENIP, starts_E1, out_SO, threads):  # 
     that is done claims the next share, and shares grow smaller: a core that the operating system, or a virtual
     machine's host, gives to others for a while leaves more to the rest.
     """
-    next_share = np.zeros(1, np.int64)
+    next_share, out, width = np.zeros(1, np.int64), out_SO.ctypes.data, out_SO.shape[1]
     for _ in numba.prange(threads):
         for expert, first, end, panel_from, panel_to in claimed(next_share, threads, starts_E1, panels_ENIP.shape[1]):
             for row in range(first, end, _ROW_BLOCK):
                 rows = min(end - row, _ROW_BLOCK)
                 for panel in range(panel_from, panel_to):
-                    _panel(
-                        x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, panel + 1, out_SO, row, panel * PANEL
-                    )  # fmt: skip
+                    to = out + (row * width + panel * PANEL) * 4
+                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, panel + 1, to, width)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def joined_panels(x_TI, tokens_S, panels_ENIP, starts_E1, outs_P, panels_P1, threads):  # type: ignore[no-untyped-def]
+    """As `grouped_panels`, of matrices side by side, with the same bits: what is of the panels `panels[p]` to before
+    `panels[p + 1]` goes to the address `outs[p]`, rows with no gaps between them."""
+    next_share = np.zeros(1, np.int64)
+    for _ in numba.prange(threads):
+        for expert, first, end, panel_from, panel_to in claimed(next_share, threads, starts_E1, panels_ENIP.shape[1]):
+            for row in range(first, end, _ROW_BLOCK):
+                rows, part = min(end - row, _ROW_BLOCK), 0
+                for panel in range(panel_from, panel_to):
+                    while panels_P1[part + 1] <= panel:
+                        part += 1
+                    width = (panels_P1[part + 1] - panels_P1[part]) * PANEL
+                    to = outs_P[part] + (row * width + (panel - panels_P1[part]) * PANEL) * 4
+                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, panel + 1, to, width)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -302,16 +318,16 @@ def claimed(next_share, threads, starts_E1, panels):  # type: ignore[no-untyped-
 
 @register_jitable
 def _panel(  # type: ignore[no-untyped-def]
-    x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, following, out, out_row, column
+    x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, following, out, out_width
 ):  # fmt: skip
     """One panel with some rows of its expert; for the rest see `_tile`."""
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
         top = rows * tile // tiles
         height = rows * (tile + 1) // tiles - top
+        to = out + top * out_width * 4
         _tile(
-            height, x_TI, tokens_S, row + top, panels_ENIP, expert, panel, following, out, out_row + top, column,
-            tile, tiles,
+            height, x_TI, tokens_S, row + top, panels_ENIP, expert, panel, following, to, out_width, tile, tiles
         )  # fmt: skip
 
 
@@ -326,12 +342,12 @@ def grouped_gates(x_TI, tokens_S, panels_ENIP, starts_E1, kind, out, out_bytes, 
             for row in range(first, end, _ROW_BLOCK):
                 rows = min(end - row, _ROW_BLOCK)
                 for gate in range(panel_from, panel_to):
-                    up = panels + gate
-                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, gate, up, both_RP, 0, 0)
-                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, up, gate + 1, both_RP, 0, PANEL)
+                    up, both, width = panels + gate, both_RP.ctypes.data, 2 * PANEL
+                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, gate, up, both, width)
+                    _panel(x_TI, tokens_S, row, rows, panels_ENIP, expert, up, gate + 1, both + PANEL * 4, width)
                     to = out + row * out_bytes + gate * PANEL * element_bytes(kind)
                     for r in range(rows):
-                        gate_row(kind, both_RP.ctypes.data + r * 2 * PANEL * 4, PANEL, True, to + r * out_bytes)
+                        gate_row(kind, both + r * width * 4, PANEL, True, to + r * out_bytes)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})

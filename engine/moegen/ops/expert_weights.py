@@ -6,16 +6,18 @@ sorted by expert.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from moegen.ops.expert_kernel import PANEL, grouped_gates, grouped_panels, panel_places, row_width
+from moegen.ops.expert_kernel import PANEL, grouped_gates, grouped_panels, joined_panels, panel_places, row_width
 from moegen.ops.host_memory import host_zeros
 from moegen.ops.panel_packing import pack_rows, pack_transposed
 from moegen.ops.threads import numba_threads
@@ -23,6 +25,9 @@ from moegen.ops.vector_ir import DOTS
 
 UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernel knows them
+
+
+Counts = Sequence[int] | npt.NDArray[np.int64]  # [E] rows, or tokens, of each expert
 
 
 class ExpertMatrix(Protocol):
@@ -54,12 +59,12 @@ class ExpertMatrix(Protocol):
         """The same numbers as `linear` reads them best: what meets several groups or chunks is laid out once."""
         ...
 
-    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         """`[S, O]`: the next `counts[e]` rows of `x[tokens]`, or of `x` itself, times expert e's matrix."""
         ...
 
     def gated(
-        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+        self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """`[S, O / 2]` in `dtype`, as `laid_out` has it: `silu_gated` of what `linear` answers, to the same bits; None
         where both are not done at once."""
@@ -117,13 +122,13 @@ class PanelMatrix:
     def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
         return laid_out(x_TI, self.row_dtype)
 
-    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         starts = starts_of(counts)
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()
         return self._product(x_TI, tokens, starts, row_width(self._panels_ENIP.shape[1] * PANEL))
 
     def gated(
-        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+        self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         if self.out_features % (2 * PANEL):
             return None
@@ -142,6 +147,26 @@ class PanelMatrix:
         panels: as torch's own functions read them best."""
         tokens, starts = _in_order(x_TI.shape[0])
         return self._product(x_TI, tokens, starts, self._panels_ENIP.shape[1] * PANEL)
+
+    def beside(self, features: Sequence[int]) -> list[PanelMatrix]:
+        """The matrices, with so many output features each, of which this one is made; whole panels each."""
+        parts, ends = [], np.cumsum(features) // PANEL
+        for own, end in zip(features, ends, strict=True):
+            part = copy.copy(self)
+            part.out_features, part._panels_ENIP = own, self._panels_ENIP[:, end - own // PANEL : end]
+            parts.append(part)
+        return parts
+
+    def packed_linears(self, x_TI: torch.Tensor, features: Sequence[int]) -> list[torch.Tensor]:
+        """`packed_linear` of each of the matrices that it is made of, at once."""
+        tokens, starts = _in_order(x_TI.shape[0])
+        outs = [torch.empty(len(tokens), own) for own in features]
+        threads = numba_threads()
+        joined_panels(
+            self._as_multiplied(x_TI), tokens, self._panels_ENIP, starts, np.array([out.data_ptr() for out in outs]),
+            starts_of(features) // PANEL, threads,
+        )  # fmt: skip
+        return outs
 
     def _product(self, x_TI: torch.Tensor, tokens_S: np.ndarray, starts_E1: np.ndarray, width: int) -> torch.Tensor:
         """The answer's rows lie `width` apart."""
@@ -185,23 +210,27 @@ class PlainMatrix:
     def lay_out(self, x_TI: torch.Tensor) -> torch.Tensor:
         return x_TI
 
-    def linear(self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor | None = None) -> torch.Tensor:
         x_SI = x_TI if tokens_S is None else x_TI[tokens_S]
         weight_EIO = self.weight_EOI.transpose(1, 2)
         if x_SI.dtype not in (torch.float32, torch.bfloat16):
-            return torch.cat([x @ w for x, w in zip(x_SI.split(list(counts)), weight_EIO, strict=True)])
-        offsets_E = torch.tensor(counts, device=x_SI.device).cumsum(0).to(torch.int32)
+            return torch.cat(
+                [x @ w for x, w in zip(x_SI.split(np.diff(starts_of(counts)).tolist()), weight_EIO, strict=True)]
+            )
+        offsets_E = torch.from_numpy(starts_of(counts)[1:]).to(x_SI.device, torch.int32)
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
 
     def gated(
-        self, x_TI: torch.Tensor, counts: Sequence[int], tokens_S: torch.Tensor, dtype: torch.dtype
+        self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return None
 
 
-def starts_of(counts: Sequence[int]) -> np.ndarray:
+def starts_of(counts: Counts) -> np.ndarray:
     """Where each expert's rows begin, and where the last one's end."""
-    return np.array([0, *counts]).cumsum()
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts
 
 
 @lru_cache(maxsize=8)
@@ -280,7 +309,7 @@ class ExpertGroup:
 class ExpertSupply(Protocol):
     """Where a layer's expert groups come from."""
 
-    def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:
+    def lend(self, counts_E: Counts) -> Iterator[ExpertGroup]:
         """The groups that have tokens, in expert order; each is lent until the next is asked for."""
         ...
 
@@ -291,7 +320,7 @@ class ResidentExperts:
 
     groups: tuple[ExpertGroup, ...]
 
-    def lend(self, counts_E: Sequence[int]) -> Iterator[ExpertGroup]:
+    def lend(self, counts_E: Counts) -> Iterator[ExpertGroup]:
         return (group for group in self.groups if any(counts_E[group.first : group.first + group.experts]))
 
 

@@ -10,39 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from moegen.ops.expert_kernel import add_weighted_rows
 from moegen.ops.expert_weights import UP, ExpertGroup, ExpertSupply, with_gaps
 from moegen.ops.gate_kernel import silu_gated
 from moegen.ops.micro_batch import MicroBatch
-from moegen.ops.routing import Routing
+from moegen.ops.routing import Ints, Routing
 from moegen.ops.threads import numba_threads
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertChunk:
-    """Routed pairs of the experts of a group, in expert order."""
-
-    counts: tuple[int, ...]  # pairs per expert of the group
-    pairs: slice  # where they are among the sorted pairs
-
-    @property
-    def total(self) -> int:
-        return self.pairs.stop - self.pairs.start
-
-    def first(self, most: int) -> ExpertChunk:
-        """The first `most` pairs, or all."""
-        taken, room = [], most
-        for count in self.counts:
-            taken.append(min(count, room))
-            room -= taken[-1]
-        return ExpertChunk(tuple(taken), slice(self.pairs.start, self.pairs.start + most - room))
-
-    def after(self, first: ExpertChunk) -> ExpertChunk:
-        """What `first` left."""
-        left = tuple(count - taken for count, taken in zip(self.counts, first.counts, strict=True))
-        return ExpertChunk(left, slice(first.pairs.stop, self.pairs.stop))
 
 
 def grouped_experts(
@@ -62,25 +38,34 @@ def grouped_experts(
     the order of their ids, in float32, whatever else is in the pass: the sum does not depend on the batch.
     """
     routing = Routing.of(expert_ids_TK, weights_TK, module.num_experts)
-    starts = routing.starts
     out_TD = torch.empty(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
     at_once, laid_TD = MicroBatch.of(expert_tokens, "expert"), hidden_TD
     for group in supply.lend(routing.counts_E):
         laid_TD = group.up.lay_out(laid_TD)
-        end = group.first + group.experts
-        rest = ExpertChunk(routing.counts_E[group.first : end], slice(starts[group.first], starts[end]))
-        while rest.total:
-            chunk, answer_SD = at_once.run(partial(_answer, module, group, laid_TD, routing, rest), rest.total)
+        starts_E1 = routing.starts_E1[group.first : group.first + group.experts + 1]
+        done, end = int(starts_E1[0]), int(starts_E1[-1])
+        while done < end:
+            work = partial(_answer, module, group, laid_TD, routing, starts_E1, done)
+            chunk, answer_SD = at_once.run(work, end - done)
             _add_rows(out_TD, routing, chunk, answer_SD)
-            rest = rest.after(chunk)
-    return (out_TD if starts[-1] else out_TD.zero_()).to(hidden_TD.dtype)
+            done = chunk.pairs.stop
+    return (out_TD if routing.starts_E1[-1] else out_TD.zero_()).to(hidden_TD.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Some of the routed pairs of a group's experts, in expert order."""
+
+    counts: Ints  # pairs per expert of the group
+    pairs: slice  # where they are among the sorted pairs
 
 
 def _answer(
-    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, routing: Routing, rest: ExpertChunk, most: int
-) -> tuple[ExpertChunk, torch.Tensor]:
-    """The next `most` pairs, and what the group's experts answer to them; adds nothing anywhere."""
-    chunk = rest.first(most)
+    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, routing: Routing, starts_E1: Ints, first: int, most: int
+) -> tuple[_Chunk, torch.Tensor]:
+    """The next `most` pairs from `first` on, and what the group's experts answer to them; adds nothing anywhere."""
+    end = min(first + most, int(starts_E1[-1]))
+    chunk = _Chunk(np.diff(starts_E1.clip(first, end)), slice(first, end))
     tokens_S, ids_S = routing.tokens_S[chunk.pairs], routing.ids_S[chunk.pairs]
     answer_SD = _expert_mlp(module, group, hidden_TD, tokens_S, ids_S, chunk.counts)
     if answer_SD.device.type != "cpu":  # a CPU's kernel weights rows as it adds them
@@ -90,7 +75,7 @@ def _answer(
 
 def _expert_mlp(
     module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, tokens_S: torch.Tensor, ids_S: torch.Tensor,
-    counts: tuple[int, ...],
+    counts: Ints,
 ) -> torch.Tensor:  # fmt: skip
     hidden_SF = _hidden(module, group, hidden_TD, tokens_S, ids_S, counts)
     out_SD = group.down.linear(hidden_SF, counts)
@@ -102,7 +87,7 @@ def _expert_mlp(
 
 def _hidden(
     module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, tokens_S: torch.Tensor, ids_S: torch.Tensor,
-    counts: tuple[int, ...],
+    counts: Ints,
 ) -> torch.Tensor:  # fmt: skip
     """The rows of the second projection; in its dtype where our kernel makes them, at once if it can."""
     row_dtype, by_kernel = group.down.row_dtype, module.has_gate and module._apply_gate is silu_gated
@@ -118,7 +103,7 @@ def _hidden(
     return module._apply_gate(hidden_SF) if module.has_gate else module.act_fn(hidden_SF)
 
 
-def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: ExpertChunk, answer_SD: torch.Tensor) -> None:
+def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: _Chunk, answer_SD: torch.Tensor) -> None:
     """Adds in float32, expert after expert, the first pairs to 0; `answer_SD` is weighted already but on a CPU."""
     if out_TD.device.type == "cpu":
         weights_S, places_TK = routing.weights_S.numpy(), routing.places_TK.numpy()
@@ -129,5 +114,6 @@ def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: ExpertChunk, answer
     if chunk.pairs.start == 0:
         out_TD.zero_()
     tokens_S = routing.tokens_S[chunk.pairs]
-    for tokens, answer in zip(tokens_S.split(chunk.counts), answer_SD.split(chunk.counts), strict=True):
+    counts = chunk.counts.tolist()
+    for tokens, answer in zip(tokens_S.split(counts), answer_SD.split(counts), strict=True):
         out_TD.index_add_(0, tokens, answer)  # one expert has a token at most once: no two adds race

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moegen.ops.kernel_cache import lock_kernel_cache
+
+Ints = npt.NDArray[np.int64]
 
 lock_kernel_cache()
 
@@ -23,7 +26,8 @@ lock_kernel_cache()
 class Routing:
     """The pairs, expert after expert, an expert's in the order of their tokens."""
 
-    counts_E: tuple[int, ...]  # pairs of each expert
+    counts_E: Ints  # pairs of each expert
+    starts_E1: Ints  # where each expert's pairs begin, and where the last one's end
     tokens_S: torch.Tensor
     ids_S: torch.Tensor
     weights_S: torch.Tensor  # float32 on a CPU
@@ -34,8 +38,8 @@ class Routing:
         """Pairs of an id that is no expert's, `experts` or above, are the last ones and no expert's."""
         if expert_ids_TK.device.type == "cpu":
             ids, weights = expert_ids_TK.contiguous().numpy(), weights_TK.float().contiguous().numpy()
-            counts_E, *sorted_pairs = _sorted_by_counting(ids, weights, experts)
-            return cls(tuple(counts_E.tolist()), *map(torch.from_numpy, sorted_pairs))
+            counts_E, starts_E1, *sorted_pairs = _sorted_by_counting(ids, weights, experts)
+            return cls(counts_E, starts_E1, *map(torch.from_numpy, sorted_pairs))
         return cls._by_torch(expert_ids_TK, weights_TK, experts)
 
     @classmethod
@@ -44,25 +48,21 @@ class Routing:
         places_S = torch.empty_like(order_S)
         places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         places_TK = places_S.view(expert_ids_TK.shape).sort(dim=1).values
-        counts_E = torch.bincount(ids_S, minlength=experts)[:experts].tolist()
+        counts_E = torch.bincount(ids_S, minlength=experts)[:experts].cpu().numpy()
         tokens_S, weights_S = order_S // expert_ids_TK.shape[1], weights_TK.flatten()[order_S]
-        return cls(tuple(counts_E), tokens_S, ids_S, weights_S, places_TK)
-
-    @property
-    def starts(self) -> list[int]:
-        """`[E + 1]` where each expert's pairs begin, and where the last one's end."""
-        return [0, *np.cumsum(self.counts_E).tolist()]
+        return cls(counts_E, np.append(0, counts_E).cumsum(), tokens_S, ids_S, weights_S, places_TK)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _sorted_by_counting(ids_TK, weights_TK, experts):  # type: ignore[no-untyped-def]
-    """Counts, tokens, ids, weights, places: see `Routing`. One thread has it done before a second one has woken."""
+    """What `Routing` has, in its order. One thread has it done before a second one has woken."""
     tokens, top_k = ids_TK.shape
     counts = np.zeros(experts + 1, np.int64)  # the last are no expert's
     for t in range(tokens):
         for k in range(top_k):
             counts[min(ids_TK[t, k], experts)] += 1
-    following = np.cumsum(counts) - counts
+    starts = np.cumsum(counts) - counts
+    following = starts.copy()
     tokens_S, ids_S = np.empty(tokens * top_k, np.int64), np.empty(tokens * top_k, np.int64)
     weights_S, places_TK = np.empty(tokens * top_k, np.float32), np.empty((tokens, top_k), np.int64)
     for t in range(tokens):
@@ -76,4 +76,4 @@ def _sorted_by_counting(ids_TK, weights_TK, experts):  # type: ignore[no-untyped
                 places_TK[t, at] = places_TK[t, at - 1]
                 at -= 1
             places_TK[t, at] = place
-    return counts[:experts], tokens_S, ids_S, weights_S, places_TK
+    return counts[:experts], starts, tokens_S, ids_S, weights_S, places_TK

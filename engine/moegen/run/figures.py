@@ -81,7 +81,8 @@ class Yardstick:
 
     def flops(self, span: Span) -> float | None:
         """A multiply and an add per activated parameter and per element that attention pairs; the head runs for
-        sampled tokens only. Layers with a sliding window count as if they had none, latents as expanded heads.
+        sampled tokens only. Layers with a sliding window count as if they had none, latents as expanded heads, and
+        the last layer's MLP, which meets sampled tokens only, as if it met all: as S-MFU is defined.
         """
         if span.attended_pairs is None:
             return None
