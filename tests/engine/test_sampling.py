@@ -129,3 +129,15 @@ def test_bits_are_unpacked_alike_on_the_host_and_on_a_device():
 
 def test_no_rows_is_no_tokens():
     assert sample(torch.zeros(0, VOCABULARY), []) == []
+
+
+@pytest.mark.parametrize("vocabulary", [64, 640, 650])
+def test_the_highest_is_found_wherever_it_is(vocabulary: int) -> None:
+    """The first of several that are as high; what is not a number is above all; nothing but the lowest there is."""
+    given = torch.randn(30, vocabulary, generator=torch.Generator().manual_seed(0))
+    given[0, [3, 60]], given[1, [vocabulary - 70, -1]], given[2, 11] = 99, 99, torch.nan
+    given[3] = -torch.inf
+    expected = given.argmax(dim=-1)
+    assert expected[[0, 2, 3]].tolist() == [3, 11, 0]
+    assert sample(given, [sequence(i, [1]) for i in range(30)]) == expected.tolist()
+    assert sample(given.T.contiguous().T, [sequence(i, [1]) for i in range(30)]) == expected.tolist()

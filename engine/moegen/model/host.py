@@ -19,6 +19,7 @@ from moegen.model.latent import keep_latents
 from moegen.model.norms import row_norms
 from moegen.model.recurrent import RecurrentModule, StateView, hear_of_passes, place_recurrent
 from moegen.model.rotary import row_rotations
+from moegen.model.routers import row_routers
 from moegen.model.seams import Done, ExpertStage, Observer, PassContext, Unobserved
 from moegen.model.sparse import PagedIndexer, place_indexers, unmask
 from moegen.model.stages import StagedLayer, plain_parts
@@ -73,6 +74,7 @@ class ModelHost:
             row_norms(model)
             row_rotations(model)
             row_gates(model)
+            row_routers(model)
         unmask(model)
         hear_of_passes(model, [*place_recurrent(model), *place_indexers(model)])
         if staged:

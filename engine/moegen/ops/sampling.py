@@ -36,12 +36,24 @@ def sample(logits_SV: torch.Tensor, sequences: Rows[Sequence], masks_SB: Bits | 
     logits_SV = _penalise(logits_SV.float(), sequences)
     if masks_SB is not None:
         logits_SV = logits_SV.masked_fill(_forbidden(masks_SB, logits_SV), -math.inf)
-    tokens = logits_SV.argmax(dim=-1)
+    tokens = _highest(logits_SV)
     drawn = [i for i, s in enumerate(sequences) if s.request.params.temperature > 0]
     if drawn:
         own = [sequences[i] for i in drawn]
         tokens[torch.tensor(drawn, device=tokens.device)] = _draw(logits_SV[drawn], own)
     return tokens.tolist()
+
+
+_BLOCK = 64  # tokens of which the highest is found first
+
+
+def _highest(logits_SV: torch.Tensor) -> torch.Tensor:
+    """`logits.argmax(dim=-1)`: on CPUs torch finds where the highest is three times as slowly as how high it is."""
+    if logits_SV.device.type != "cpu" or logits_SV.shape[1] % _BLOCK:
+        return logits_SV.argmax(dim=-1)
+    logits_SBb = logits_SV.unflatten(1, (-1, _BLOCK))
+    block_S = logits_SBb.amax(dim=-1).argmax(dim=-1)
+    return block_S * _BLOCK + logits_SBb[torch.arange(len(block_S)), block_S].argmax(dim=-1)
 
 
 def _forbidden(masks_SB: Bits, logits_SV: torch.Tensor) -> torch.Tensor:
