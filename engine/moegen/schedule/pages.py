@@ -45,13 +45,18 @@ def layer_groups(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
 
 
 class PageLedger:
-    """Page ids 0 .. pages - 1, each free or lent. The most recently returned page is lent first (it is warm)."""
+    """Page ids 0 .. pages - 1, each free or lent. The most recently returned page is lent first (it is warm).
+
+    Attributes:
+        gives_back: whether there is a group with a window, so that there can be something to `trim`.
+    """
 
     def __init__(self, pages: int, page_tokens: int, windows: Windows = (None,), pass_tokens: int = 0) -> None:
         """`windows`: of each group; `pass_tokens`: that one pass may add to a sequence, where a group has a window."""
         self.pages = pages
         self.page_tokens = page_tokens
         self.windows = windows
+        self.gives_back = any(window is not None for window in windows)
         self._pass_tokens = pass_tokens
         self._free = list(range(pages - 1, -1, -1))
 
@@ -102,6 +107,8 @@ class PageLedger:
         `whole`: in every group as far as that, whatever a pass adds. False, and nothing taken, when too few pages are
         free.
         """
+        if held and min(map(len, held)) * self.page_tokens >= tokens:  # nearly always, of a sequence that decodes
+            return True
         if self.missing(held, tokens, computed, whole=whole) > len(self._free):
             return False
         if not held:

@@ -17,6 +17,7 @@ Invariants:
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -82,9 +83,15 @@ class Scheduler:
         self._level.begin_pass([*self.running, *self._waiting], more=not self._exhausted)
         chunks: list[Chunk] = []
         taken = 0
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):  # decode first; stable: oldest first
-            room = self._level.room(sequence, taken) if sequence.pending > 1 else 1
-            if length := min(sequence.pending, room):
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            pending = sequence.pending
+            if pending > 1:
+                prefilling.append(sequence)
+            elif pending:
+                taken += self._take(sequence, 1, chunks)
+        for sequence in prefilling:
+            if length := min(sequence.pending, self._level.room(sequence, taken)):
                 taken += self._take(sequence, length, chunks)
         while (admitted := self._admit(taken)) is not None:
             taken += self._take(admitted, min(admitted.pending, self._level.room(admitted, taken)), chunks)
@@ -105,7 +112,7 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
-            if not sequence.goes_back:
+            if self.ledger.gives_back and not sequence.goes_back:
                 self.ledger.trim(sequence.pages, sequence.computed, sequence.shared)
             if self._grow(sequence):
                 index += 1
@@ -145,9 +152,8 @@ class Scheduler:
         self._growing += self._may_grow(sequence)
         self._waiting.popleft()
         sequence.slot = self._slots.take()
-        self.running.append(sequence)
+        insort(self.running, sequence, key=lambda s: s.order)
         self.begun.append(sequence.request.row_index)
-        self.running.sort(key=lambda s: s.order)
         return sequence
 
     def _has_pages(self, sequence: Sequence) -> bool:

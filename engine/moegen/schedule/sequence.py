@@ -68,7 +68,11 @@ class Finished:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A running row: its tokens so far, how many of them have their KV in pages, and those pages."""
+    """A running row: its tokens so far, how many of them have their KV in pages, and those pages.
+
+    Attributes:
+        most_computed: tokens that are computed in the end if the answer gets all that it may; its last one never is.
+    """
 
     request: Request
     order: int  # admission order: the oldest is never preempted
@@ -79,14 +83,14 @@ class Sequence:
     scoring: Scoring | None = None  # of a request with continuations
     slot: int = 0  # while it runs: where recurrent layers keep its state
     shared: int = 0  # tokens at its beginning that other rows have too: while it runs, their pages are its first
+    prompt_tokens: int = field(init=False)
+    most_computed: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.request.token_ids)
+        self.most_computed = self.prompt_tokens + self.request.params.max_tokens - 1
         if self.request.continuations:
             self.scoring = Scoring(self.request.token_ids, self.request.continuations)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.token_ids)
 
     @property
     def answer(self) -> list[int]:
@@ -105,12 +109,7 @@ class Sequence:
     @property
     def answer_left(self) -> int:
         """Tokens that the answer may still get, hence passes that the sequence may still take."""
-        return self.prompt_tokens + self.request.params.max_tokens - len(self.tokens)
-
-    @property
-    def most_computed(self) -> int:
-        """Tokens that are computed by then, if the answer gets them all; its last token never is."""
-        return self.prompt_tokens + self.request.params.max_tokens - 1
+        return self.most_computed + 1 - len(self.tokens)
 
     @property
     def tokens_left(self) -> int:
