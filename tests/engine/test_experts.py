@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -13,18 +14,21 @@ import numpy as np
 import pytest
 import torch
 from moegen.ops import expert_weights
-from moegen.ops.expert_kernel import PANEL, panel_places
+from moegen.ops.expert_kernel import PANEL, add_weighted_rows, panel_places
 from moegen.ops.expert_weights import (
     ExpertGroup,
     ExpertMatrix,
     PanelMatrix,
     PlainMatrix,
     ResidentExperts,
+    empty_rows,
     resident_experts,
+    with_gaps,
 )
 from moegen.ops.experts import grouped_experts
 from moegen.ops.gate_kernel import silu_gated
 from moegen.ops.panel_packing import pack_rows
+from moegen.ops.routing import Routing
 from moegen.ops.vector_ir import DOTS
 from torch import nn
 from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
@@ -287,6 +291,68 @@ def test_gates_at_once_are_gates_after(stored: torch.dtype, rounded: bool, monke
     assert PanelMatrix(1, 5 * PANEL, 40, stored, rounded).gated(x, [50], tokens_S[:50], torch.float32) is None
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [40, 512])
+def test_answers_added_at_once_are_answers_added_after(
+    inputs: int, stored: torch.dtype, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, whoever computes them and however the pairs are cut; a token may name an expert twice."""
+    generator = torch.Generator().manual_seed(3)
+    experts, tokens, top_k, outputs = 6, 90, 3, 8 * PANEL
+    weight = (torch.randn(experts, outputs, inputs, generator=generator) / inputs**0.5).to(stored)
+    matrix = PanelMatrix(experts, outputs, inputs, stored, rounded)
+    for expert, own in enumerate(weight):
+        matrix.place(expert, 0, own)
+    ids_TK = torch.randint(1, experts - 2, (tokens, top_k), generator=generator)  # nobody names the first and the last
+    ids_TK[torch.rand(tokens, generator=generator) < 0.9] = 2  # more rows than meet a panel at once
+    routing = Routing.of(ids_TK, torch.rand(tokens, top_k, generator=generator), experts)
+    x_SI = torch.randn(tokens * top_k, inputs, generator=generator)
+    after = torch.full((tokens, outputs), torch.nan)
+    answers = with_gaps(matrix.linear(x_SI, routing.counts_E)).numpy()
+    weights = routing.weights_S.numpy()
+    add_weighted_rows(after.numpy(), outputs, routing.places_TK.numpy(), weights, answers, 0, 1)
+    monkeypatch.setattr(expert_weights, "_PANELS_TO_SHARE", 1)
+    for threads in (1, 3):  # one thread walks the shares of three
+        monkeypatch.setattr(expert_weights, "numba_threads", lambda threads=threads: threads)
+        for cuts in ([0, 270], [0, 5, 260, 270]):
+            at_once = empty_rows(torch.empty(tokens, outputs)).fill_(torch.nan)
+            for first, end in itertools.pairwise(cuts):
+                counts, own = np.diff(routing.starts_E1.clip(first, end)), slice(first, end)
+                some = (x_SI[own], counts, routing.tokens_S[own], routing.weights_S[own])
+                assert matrix.add_to(at_once, *some, anew=first == 0)
+            assert torch.equal(at_once, after)
+
+
+def test_answers_are_added_after_where_threads_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few panels for each, or where the last panel is not whole."""
+    nothing = torch.zeros(1, dtype=torch.int64)
+    for features, threads, adds in [(16 * PANEL, 2, True), (16 * PANEL, 3, False), (16 * PANEL - 1, 1, False)]:
+        matrix, out = PanelMatrix(1, features, 8, torch.float32), torch.full((1, features), torch.nan)
+        monkeypatch.setattr(expert_weights, "numba_threads", lambda threads=threads: threads)
+        assert matrix.add_to(out, torch.ones(1, 8), [1], nothing, torch.ones(1), anew=True) is adds
+        assert out.isnan().all() == out.isnan().any() == (not adds)
+
+
+@pytest.mark.parametrize("expert_tokens", [7, 1 << 20])
+@pytest.mark.parametrize("group_experts", [3, EXPERTS])
+def test_experts_whose_answers_are_added_at_once(group_experts: int, expert_tokens: int) -> None:
+    """As wide as models are, so that they are."""
+    config = Qwen3MoeConfig(
+        num_local_experts=EXPERTS, hidden_size=16 * PANEL, moe_intermediate_size=PANEL, num_experts_per_tok=TOP_K
+    )
+    config._experts_implementation = "eager"
+    module = _filled(Qwen3MoeExperts(config))
+    _, ids, weights = _routed(90)
+    hidden = torch.randn(90, 16 * PANEL) / 16
+    expected = module(hidden, ids, weights)
+    supply = _supply(module, "panels", group_experts)
+    out = grouped_experts(module, supply, hidden, ids, weights, expert_tokens=expert_tokens)
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-3 * expected.abs().max().item())
+    alone = grouped_experts(module, supply, hidden[8:9], ids[8:9], weights[8:9], expert_tokens=1)
+    assert torch.equal(alone[0], out[8])
+
+
 _NARROW = """
 import sys
 import llvmlite.binding
@@ -304,6 +370,10 @@ from tests.engine.test_experts import test_gates_at_once_are_gates_after as chec
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     with MonkeyPatch.context() as patch:
         check(dtype, True, patch)
+from tests.engine.test_experts import test_answers_added_at_once_are_answers_added_after as check
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    with MonkeyPatch.context() as patch:
+        check(40, dtype, True, patch)
 from tests.engine.test_stored_formats import CODINGS, test_the_kernel_multiplies_with_what_the_codes_mean as check
 torch.set_num_threads(1)
 for coding in CODINGS:

@@ -51,12 +51,12 @@ def test_a_tokens_answers_add_up_to_the_same_bits_however_they_come(threads: int
     weights = torch.rand(tokens * top_k, generator=generator).numpy()
     answers = torch.randn(tokens * top_k, width, generator=generator).numpy()
     whole = np.full((tokens, width), np.nan, np.float32)
-    add_weighted_rows(whole, places, weights, answers, 0, threads)
+    add_weighted_rows(whole, width, places, weights, answers, 0, threads)
     expected = (weights[places, None].astype(np.float64) * answers[places]).sum(1)
     assert np.allclose(whole, expected, atol=1e-5)
     for size in (1, 5, 30):
         parts = np.full_like(whole, np.nan)
         for first in range(0, len(answers), size):
             some = np.ascontiguousarray(answers[first : first + size])
-            add_weighted_rows(parts, places, weights, some, first, threads)
+            add_weighted_rows(parts, width, places, weights, some, first, threads)
         assert np.array_equal(parts, whole)

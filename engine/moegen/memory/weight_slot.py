@@ -169,6 +169,12 @@ class _First:
     ) -> torch.Tensor | None:
         return self._matrix.gated(x_TI, self._all(counts), tokens_S, dtype)
 
+    def add_to(
+        self, out_TO: torch.Tensor, x_SI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor,
+        weights_S: torch.Tensor, *, anew: bool,
+    ) -> bool:  # fmt: skip
+        return self._matrix.add_to(out_TO, x_SI, self._all(counts), tokens_S, weights_S, anew=anew)
+
     def _all(self, counts: Counts) -> list[int]:
         return [*counts, *[0] * (self._matrix.experts - self.experts)]
 

@@ -129,6 +129,12 @@ class CodedMatrix:
     ) -> torch.Tensor | None:
         return None
 
+    def add_to(
+        self, out_TO: torch.Tensor, x_SI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor,
+        weights_S: torch.Tensor, *, anew: bool,
+    ) -> bool:  # fmt: skip
+        return False
+
     def _linear_on_cpu(self, laid_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor | None) -> torch.Tensor:
         starts = starts_of(counts)
         tokens = np.arange(starts[-1]) if tokens_S is None else tokens_S.numpy()

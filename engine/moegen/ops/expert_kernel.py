@@ -26,6 +26,7 @@ Shape suffixes: T tokens, S rows sorted by expert, E experts, I inputs, O output
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,38 +117,59 @@ def _tile(
     It is the tile `part` of `parts` that meet this panel, and fetches its share of the panel `following`: else the
     first tile would wait for memory and the others leave it idle.
     """
-    stored = panels.dtype
     signature = types.void(types.intp, x, tokens, types.intp, panels, *[types.intp] * 7)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        rows, _, _, row, _, expert, panel, following, out, out_width, part, parts = args
-        x_view, tokens_view, panels_view = (
-            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 4)
+        rows, x, tokens, row, panels, expert, panel, following, out, out_width, part, parts = _views(
+            context, b, signature, args
         )
-        x_width = cgutils.unpack_tuple(b, x_view.shape)[1]
-        _, panels_per_expert, inputs, _ = cgutils.unpack_tuple(b, panels_view.shape)
-        row_tokens = b.gep(tokens_view.data, [row])
-        place = b.inttoptr(out, ir.FloatType().as_pointer())
-        weights, next_weights = (
-            b.gep(panels_view.data, [b.mul(b.add(b.mul(expert, panels_per_expert), own), b.mul(inputs, i64(PANEL)))])
-            for own in (panel, following)
+        stored = signature.args[4].dtype
+        weights, inputs, ahead = _panel_and_next(b, panels, stored, expert, panel, following, part, parts)
+        row_tokens, place = b.gep(tokens.data, [row]), b.inttoptr(out, ir.FloatType().as_pointer())
+
+        def emit(count: int) -> None:
+            x_rows = _rows_at(b, x, _loaded(b, row_tokens, count))
+            _store_sums(b, _emit_rows(b, x_rows, inputs, weights, stored, _zeros(count), (ahead,)), place, out_width)
+
+        _of_each_height(b, rows, emit)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _added_tile(
+    typing: Any, rows: Any, x: Any, tokens: Any, weights: Any, row: Any, panels: Any, expert: Any, panel: Any,
+    following: Any, out: Any, part: Any, parts: Any, next_x: Any, next_x_step: Any,
+) -> Any:  # fmt: skip
+    """`out[tokens[r], panel * P :] += weights[r] * (x[r] @ panels[expert, panel])` for `rows` rows r from `row` on, one
+    after another: a token may be named twice.
+
+    For the rest see `_tile`; beside, a line at the address `next_x`, and at so many bytes more per input, is fetched.
+    """
+    signature = types.void(
+        types.intp, x, tokens, weights, types.intp, panels, *[types.intp] * 3, out, *[types.intp] * 4
+    )
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        rows, x, tokens, weights, row, panels, expert, panel, following, out, part, parts, *next_x = _views(
+            context, b, signature, args
         )
-        input_bytes = i64(PANEL * stored.bitwidth // 8)
-        ahead = b.add(b.ptrtoint(next_weights, I64), b.sdiv(b.mul(b.mul(part, inputs), input_bytes), parts))
-        ahead_step = b.sdiv(input_bytes, parts)
-        end = b.append_basic_block("tile.end")
-        choice = b.switch(rows, end)
-        for count in range(1, _TILE.rows + 1):
-            block = b.append_basic_block(f"tile.{count}")
-            choice.add_case(i64(count), block)
-            b.position_at_end(block)
-            own_tokens = [b.load(b.gep(row_tokens, [i64(r)])) for r in range(count)]
-            x_rows = [b.gep(x_view.data, [b.mul(token, x_width)]) for token in own_tokens]
-            starts = [[vf(0.0)] * _TILE.vectors for _ in x_rows]
-            sums = _emit_rows(b, x_rows, inputs, weights, stored, starts, (ahead, ahead_step))
-            _store_sums(b, sums, place, out_width)
-            b.branch(end)
-        b.position_at_end(end)
+        stored = signature.args[5].dtype
+        matrix, inputs, ahead = _panel_and_next(b, panels, stored, expert, panel, following, part, parts)
+        row_tokens, row_weights = b.gep(tokens.data, [row]), b.gep(weights.data, [row])
+        column = b.mul(panel, i64(PANEL))
+
+        def emit(count: int) -> None:
+            x_rows = _rows_at(b, x, [b.add(row, i64(r)) for r in range(count)])
+            sums = _emit_rows(b, x_rows, inputs, matrix, stored, _zeros(count), (ahead, _Ahead(*next_x)))
+            for r, place in enumerate(_rows_at(b, out, _loaded(b, row_tokens, count))):
+                weight = splat(b, b.load(b.gep(row_weights, [i64(r)])))
+                for v, own in enumerate(sums[r]):
+                    at = _vector_at(b, place, b.add(column, i64(v * LANES)))
+                    b.store(call(b, "fma", weight, own, b.load(at, align=4)), at, align=4)
+
+        _of_each_height(b, rows, emit)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -163,22 +185,12 @@ def add_tile(typing: Any, rows: Any, x: Any, tokens: Any, row: Any, first_input:
     signature = types.void(types.intp, x, tokens, types.intp, types.intp, types.intp, weights, sums)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        rows, _, _, row, first_input, inputs, _, _ = args
-        x_view, tokens_view, weights_view, sums_view = (
-            context.make_array(signature.args[a])(context, b, args[a]) for a in (1, 2, 6, 7)
-        )
-        x_width = cgutils.unpack_tuple(b, x_view.shape)[1]
-        row_tokens = b.gep(tokens_view.data, [row])
-        own_sums = b.gep(sums_view.data, [b.mul(row, i64(PANEL))])
+        rows, x, tokens, row, first_input, inputs, weights, sums = _views(context, b, signature, args)
+        row_tokens, own_sums = b.gep(tokens.data, [row]), b.gep(sums.data, [b.mul(row, i64(PANEL))])
         anew = b.icmp_signed("==", first_input, i64(0))
-        end = b.append_basic_block("tile.end")
-        choice = b.switch(rows, end)
-        for count in range(1, _TILE.rows + 1):
-            block = b.append_basic_block(f"tile.{count}")
-            choice.add_case(i64(count), block)
-            b.position_at_end(block)
-            places = [b.load(b.gep(row_tokens, [i64(r)])) for r in range(count)]
-            x_rows = [b.gep(x_view.data, [b.add(b.mul(place, x_width), first_input)]) for place in places]
+
+        def emit(count: int) -> None:
+            x_rows = [b.gep(x_row, [first_input]) for x_row in _rows_at(b, x, _loaded(b, row_tokens, count))]
             starts = [
                 [
                     b.select(anew, vf(0.0), b.load(_vector_at(b, own_sums, i64(r * PANEL + v * LANES)), align=4))
@@ -186,13 +198,70 @@ def add_tile(typing: Any, rows: Any, x: Any, tokens: Any, row: Any, first_input:
                 ]
                 for r in range(count)
             ]
-            more = _emit_rows(b, x_rows, inputs, weights_view.data, types.float32, starts)
+            more = _emit_rows(b, x_rows, inputs, weights.data, types.float32, starts)
             _store_sums(b, more, own_sums, i64(PANEL))
-            b.branch(end)
-        b.position_at_end(end)
+
+        _of_each_height(b, rows, emit)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _views(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> list[Any]:
+    """The arguments, arrays as views of them."""
+    return [
+        context.make_array(kind)(context, b, value) if isinstance(kind, types.Array) else value
+        for kind, value in zip(signature.args, args, strict=True)
+    ]
+
+
+def _of_each_height(b: ir.IRBuilder, rows: ir.Value, emit: Callable[[int], None]) -> None:
+    """What `emit` emits for a tile of `rows` rows: code of its own for every number of them."""
+    end = b.append_basic_block("tile.end")
+    choice = b.switch(rows, end)
+    for count in range(1, _TILE.rows + 1):
+        block = b.append_basic_block(f"tile.{count}")
+        choice.add_case(i64(count), block)
+        b.position_at_end(block)
+        emit(count)
+        b.branch(end)
+    b.position_at_end(end)
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What a tile fetches while it computes: for every input so many bytes from an address on, and on by a step."""
+
+    address: ir.Value
+    step: ir.Value
+    nbytes: int = 1
+
+
+def _panel_and_next(
+    b: ir.IRBuilder, panels: Any, stored: types.Type, expert: ir.Value, panel: ir.Value, following: ir.Value,
+    part: ir.Value, parts: ir.Value,
+) -> tuple[ir.Value, ir.Value, _Ahead]:  # fmt: skip
+    """A panel's weights, how many inputs it has, and the tile's share of `following`, counted over all experts."""
+    _, panels_per_expert, inputs, _ = cgutils.unpack_tuple(b, panels.shape)
+    own = b.add(b.mul(expert, panels_per_expert), panel)
+    weights, next_weights = (b.gep(panels.data, [b.mul(one, b.mul(inputs, i64(PANEL)))]) for one in (own, following))
+    nbytes = PANEL * stored.bitwidth // 8
+    address = b.add(b.ptrtoint(next_weights, I64), b.sdiv(b.mul(b.mul(part, inputs), i64(nbytes)), parts))
+    return weights, inputs, _Ahead(address, b.sdiv(i64(nbytes), parts), nbytes)
+
+
+def _loaded(b: ir.IRBuilder, values: ir.Value, count: int) -> list[ir.Value]:
+    return [b.load(b.gep(values, [i64(n)])) for n in range(count)]
+
+
+def _rows_at(b: ir.IRBuilder, matrix: Any, rows: Sequence[ir.Value]) -> list[ir.Value]:
+    """Where these rows of a matrix begin."""
+    width = cgutils.unpack_tuple(b, matrix.shape)[1]
+    return [b.gep(matrix.data, [b.mul(row, width)]) for row in rows]
+
+
+def _zeros(rows: int) -> list[list[ir.Value]]:
+    return [[vf(0.0)] * _TILE.vectors] * rows
 
 
 def _vector_at(b: ir.IRBuilder, floats: ir.Value, index: ir.Value) -> ir.Value:
@@ -208,20 +277,17 @@ def _store_sums(b: ir.IRBuilder, sums: list[list[ir.Value]], out: ir.Value, outp
 
 def _emit_rows(
     b: ir.IRBuilder, x_rows: list[ir.Value], inputs: ir.Value, weights: ir.Value, stored: Any,
-    starts: list[list[ir.Value]], ahead: tuple[ir.Value, ir.Value] | None = None,
+    starts: list[list[ir.Value]], ahead: Sequence[_Ahead] = (),
 ) -> list[list[ir.Value]]:  # fmt: skip
-    """The loop over inputs for a tile of these rows; its sums are values of the loop, hence registers.
-
-    `ahead`: an address to fetch from, and its step per input.
-    """
+    """The loop over inputs for a tile of these rows; its sums are values of the loop, hence registers."""
     before, loop, after = b.block, b.append_basic_block("inputs"), b.append_basic_block("sums")
     b.branch(loop)
     b.position_at_end(loop)
     i = b.phi(I64)
     sums = [[b.phi(VF) for _ in range(_TILE.vectors)] for _ in x_rows]
-    if ahead is not None:
-        place = b.add(ahead[0], b.mul(i, ahead[1]))
-        for line in range(0, PANEL * stored.bitwidth // 8, LINE_BYTES):
+    for fetched in ahead:
+        place = b.add(fetched.address, b.mul(i, fetched.step))
+        for line in range(0, fetched.nbytes, LINE_BYTES):
             prefetch(b, b.add(place, i64(line)))
     vectors = _load_weights(b, b.gep(weights, [b.mul(i, i64(PANEL))]), stored)
     more = []
@@ -246,6 +312,7 @@ def _emit_rows(
 
 
 _CLAIMS = 8  # of shares of the work, per thread
+_CLAIMS_OF_PANELS = 4  # where each share costs another reading of the rows
 
 
 @intrinsic
@@ -296,16 +363,23 @@ def joined_panels(x_TI, tokens_S, panels_ENIP, starts_E1, outs_P, panels_P1, thr
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def claimed(next_share, threads, starts_E1, panels):  # type: ignore[no-untyped-def]
-    """What one thread has to do, until nothing is left: an expert, where its rows begin and end, and some of its
-    `panels`, from one to before another."""
-    experts = len(starts_E1) - 1
-    work, shares = starts_E1[experts] * panels, threads * _CLAIMS if threads > 1 else 1
+def _shares(next_share, threads, claims, work):  # type: ignore[no-untyped-def]
+    """Of so much work, from where to where one thread has to do it, until nothing is left; about so many times."""
+    shares = threads * claims if threads > 1 else 1
     share = _claim(next_share)
     while share < shares:
         work_from = work - work * (shares - share) ** 2 // shares**2
         work_to = work - work * (shares - share - 1) ** 2 // shares**2
         share = _claim(next_share)
+        yield work_from, work_to
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def claimed(next_share, threads, starts_E1, panels):  # type: ignore[no-untyped-def]
+    """What one thread has to do, until nothing is left: an expert, where its rows begin and end, and some of its
+    `panels`, from one to before another."""
+    experts = len(starts_E1) - 1
+    for work_from, work_to in _shares(next_share, threads, _CLAIMS, starts_E1[experts] * panels):
         for expert in range(experts):
             first, end = starts_E1[expert], starts_E1[expert + 1]
             rows = end - first
@@ -320,7 +394,8 @@ def claimed(next_share, threads, starts_E1, panels):  # type: ignore[no-untyped-
 def _panel(  # type: ignore[no-untyped-def]
     x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, following, out, out_width
 ):  # fmt: skip
-    """One panel with some rows of its expert; for the rest see `_tile`."""
+    """One panel with some rows of its expert; `following` is another of its panels. For the rest see `_tile`."""
+    following += expert * panels_ENIP.shape[1]
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
         top = rows * tile // tiles
@@ -350,16 +425,63 @@ def grouped_gates(x_TI, tokens_S, panels_ENIP, starts_E1, kind, out, out_bytes, 
                         gate_row(kind, both + r * width * 4, PANEL, True, to + r * out_bytes)
 
 
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def added_panels(x_SI, tokens_S, weights_S, panels_ENIP, starts_E1, anew, out_TO, threads):  # type: ignore[no-untyped-def]
+    """`out[tokens[s]] += weights[s] * (x[s] @ W[e].T)` for the rows s of one expert e after another; to 0 if `anew`.
+
+    To the bits of `grouped_panels` and then `add_weighted_rows`, but answers are never written to memory: a thread has
+    some panels of all experts, so nobody else adds to these outputs. Rows are read anew for every share of panels; so
+    shares are few, and while one block of rows is multiplied, the next is fetched.
+    """
+    experts, panels, inputs, _ = panels_ENIP.shape
+    all_rows, row_bytes, next_share = starts_E1[experts], x_SI.shape[1] * x_SI.itemsize, np.zeros(1, np.int64)
+    for _ in numba.prange(threads):
+        for panel_from, panel_to in _shares(next_share, threads, _CLAIMS_OF_PANELS, panels):
+            if anew:
+                out_TO[:, panel_from * PANEL : panel_to * PANEL] = 0
+            expert = _with_rows(starts_E1, 0)
+            while expert < experts:
+                expert_after = _with_rows(starts_E1, expert + 1)
+                for row in range(starts_E1[expert], starts_E1[expert + 1], _ROW_BLOCK):
+                    rows = min(starts_E1[expert + 1] - row, _ROW_BLOCK)
+                    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+                    parts, part = tiles * (panel_to - panel_from), 0
+                    next_row = row + rows if row + rows < all_rows else 0
+                    next_x = x_SI.ctypes.data + next_row * row_bytes
+                    next_bytes = min(rows, all_rows - next_row) * row_bytes
+                    for panel in range(panel_from, panel_to):
+                        following = expert * panels + panel + 1
+                        if panel + 1 == panel_to:
+                            following = expert_after * panels + panel_from
+                        for tile in range(tiles):  # as in `_panel`
+                            top = rows * tile // tiles
+                            _added_tile(
+                                rows * (tile + 1) // tiles - top, x_SI, tokens_S, weights_S, row + top, panels_ENIP,
+                                expert, panel, following, out_TO, tile, tiles, next_x + next_bytes * part // parts,
+                                next_bytes // (parts * inputs),
+                            )  # fmt: skip
+                            part += 1
+                expert = expert_after
+
+
+@register_jitable
+def _with_rows(starts_E1, expert):  # type: ignore[no-untyped-def]
+    """The first expert from this one on that has any."""
+    while expert < len(starts_E1) - 1 and starts_E1[expert] == starts_E1[expert + 1]:
+        expert += 1
+    return expert
+
+
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, threads):  # type: ignore[no-untyped-def]
+def add_weighted_rows(out_TD, width, places_TK, weights_S, answer_SD, first, threads):  # type: ignore[no-untyped-def]
     """`out[t] += weights[s] * answer[s - first]` for s in `places[t]`, one after another, where `answer` has that row.
 
-    Rows of `answer` may be wider than those of `out`.
+    Of both, only the first `width` features of a row count.
 
     The first pairs of all (`first` 0) are added to 0: what was in `out` does not count. Threads share the tokens: a
     token's row stays in a core's cache until all of its experts are added, and is read and written once for several.
     """
-    tokens, width = out_TD.shape
+    tokens = out_TD.shape[0]
     for thread in numba.prange(threads):
         rows = np.empty(places_TK.shape[1], np.int64)
         for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
@@ -370,7 +492,7 @@ def add_weighted_rows(out_TD, places_TK, weights_S, answer_SD, first, threads): 
                     rows[found] = row
                     found += 1
             if first == 0:
-                out_TD[t, :] = 0
+                out_TD[t, :width] = 0
             done = 0
             while done + 4 <= found:
                 r0, r1, r2, r3 = rows[done], rows[done + 1], rows[done + 2], rows[done + 3]

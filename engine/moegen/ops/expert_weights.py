@@ -17,7 +17,15 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from moegen.ops.expert_kernel import PANEL, grouped_gates, grouped_panels, joined_panels, panel_places, row_width
+from moegen.ops.expert_kernel import (
+    PANEL,
+    added_panels,
+    grouped_gates,
+    grouped_panels,
+    joined_panels,
+    panel_places,
+    row_width,
+)
 from moegen.ops.host_memory import host_zeros
 from moegen.ops.panel_packing import pack_rows, pack_transposed
 from moegen.ops.threads import numba_threads
@@ -26,6 +34,8 @@ from moegen.ops.vector_ir import DOTS
 UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernel knows them
 
+
+_PANELS_TO_SHARE = 8  # per thread, at least, if threads are to have panels of all experts: they are done together then
 
 Counts = Sequence[int] | npt.NDArray[np.int64]  # [E] rows, or tokens, of each expert
 
@@ -68,6 +78,14 @@ class ExpertMatrix(Protocol):
     ) -> torch.Tensor | None:
         """`[S, O / 2]` in `dtype`, as `laid_out` has it: `silu_gated` of what `linear` answers, to the same bits; None
         where both are not done at once."""
+        ...
+
+    def add_to(
+        self, out_TO: torch.Tensor, x_SI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor,
+        weights_S: torch.Tensor, *, anew: bool,
+    ) -> bool:  # fmt: skip
+        """Adds `weights[s]` times what `linear(x, counts)` answers to `out[tokens[s]]`, one expert after another, to 0
+        if `anew`; `out` is of `empty_rows`. False, and nothing added, where that is not done at once."""
         ...
 
 
@@ -141,6 +159,19 @@ class PanelMatrix:
             out_SF.stride(0) * out_SF.itemsize, threads,
         )  # fmt: skip
         return out_SF
+
+    def add_to(
+        self, out_TO: torch.Tensor, x_SI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor,
+        weights_S: torch.Tensor, *, anew: bool,
+    ) -> bool:  # fmt: skip
+        threads = numba_threads()
+        if self.out_features % PANEL or self._panels_ENIP.shape[1] < _PANELS_TO_SHARE * threads:
+            return False
+        added_panels(
+            self._as_multiplied(x_SI), tokens_S.numpy(), weights_S.numpy(), self._panels_ENIP, starts_of(counts), anew,
+            with_gaps(out_TO).numpy(), threads,
+        )  # fmt: skip
+        return True
 
     def packed_linear(self, x_TI: torch.Tensor) -> torch.Tensor:
         """`linear` of all rows and the only matrix, with no gaps between the answer's rows where features are whole
@@ -224,6 +255,12 @@ class PlainMatrix:
         self, x_TI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return None
+
+    def add_to(
+        self, out_TO: torch.Tensor, x_SI: torch.Tensor, counts: Counts, tokens_S: torch.Tensor,
+        weights_S: torch.Tensor, *, anew: bool,
+    ) -> bool:  # fmt: skip
+        return False
 
 
 def starts_of(counts: Counts) -> np.ndarray:

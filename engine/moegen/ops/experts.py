@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moegen.ops.expert_kernel import add_weighted_rows
-from moegen.ops.expert_weights import UP, ExpertGroup, ExpertSupply, with_gaps
+from moegen.ops.expert_weights import UP, ExpertGroup, ExpertSupply, empty_rows, with_gaps
 from moegen.ops.gate_kernel import silu_gated
 from moegen.ops.micro_batch import MicroBatch
 from moegen.ops.routing import Ints, Routing
@@ -38,16 +38,17 @@ def grouped_experts(
     the order of their ids, in float32, whatever else is in the pass: the sum does not depend on the batch.
     """
     routing = Routing.of(expert_ids_TK, weights_TK, module.num_experts)
-    out_TD = torch.empty(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+    out_TD = empty_rows(hidden_TD, torch.float32)
     at_once, laid_TD = MicroBatch.of(expert_tokens, "expert"), hidden_TD
     for group in supply.lend(routing.counts_E):
         laid_TD = group.up.lay_out(laid_TD)
         starts_E1 = routing.starts_E1[group.first : group.first + group.experts + 1]
         done, end = int(starts_E1[0]), int(starts_E1[-1])
         while done < end:
-            work = partial(_answer, module, group, laid_TD, routing, starts_E1, done)
+            work = partial(_answer, module, group, laid_TD, routing, starts_E1, done, out_TD)
             chunk, answer_SD = at_once.run(work, end - done)
-            _add_rows(out_TD, routing, chunk, answer_SD)
+            if answer_SD is not None:
+                _add_rows(out_TD, routing, chunk, answer_SD)
             done = chunk.pairs.stop
     return (out_TD if routing.starts_E1[-1] else out_TD.zero_()).to(hidden_TD.dtype)
 
@@ -61,28 +62,27 @@ class _Chunk:
 
 
 def _answer(
-    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, routing: Routing, starts_E1: Ints, first: int, most: int
-) -> tuple[_Chunk, torch.Tensor]:
-    """The next `most` pairs from `first` on, and what the group's experts answer to them; adds nothing anywhere."""
+    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, routing: Routing, starts_E1: Ints, first: int,
+    out_TD: torch.Tensor, most: int,
+) -> tuple[_Chunk, torch.Tensor | None]:  # fmt: skip
+    """The next `most` pairs from `first` on, and what the group's experts answer to them; None: it is in `out`, where
+    nothing is added but at the very end."""
     end = min(first + most, int(starts_E1[-1]))
     chunk = _Chunk(np.diff(starts_E1.clip(first, end)), slice(first, end))
-    tokens_S, ids_S = routing.tokens_S[chunk.pairs], routing.ids_S[chunk.pairs]
-    answer_SD = _expert_mlp(module, group, hidden_TD, tokens_S, ids_S, chunk.counts)
-    if answer_SD.device.type != "cpu":  # a CPU's kernel weights rows as it adds them
-        answer_SD = answer_SD.float() * routing.weights_S[chunk.pairs, None]
-    return chunk, answer_SD
-
-
-def _expert_mlp(
-    module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, tokens_S: torch.Tensor, ids_S: torch.Tensor,
-    counts: Ints,
-) -> torch.Tensor:  # fmt: skip
-    hidden_SF = _hidden(module, group, hidden_TD, tokens_S, ids_S, counts)
-    out_SD = group.down.linear(hidden_SF, counts)
+    tokens_S, ids_S, weights_S = (own[chunk.pairs] for own in (routing.tokens_S, routing.ids_S, routing.weights_S))
+    hidden_SF = _hidden(module, group, hidden_TD, tokens_S, ids_S, chunk.counts)
+    has_norm = getattr(module, "has_post_expert_norm", False)  # transformers before 5.20 has no such experts
+    plain = not module.has_bias and not has_norm
+    if plain and group.down.add_to(out_TD, hidden_SF, chunk.counts, tokens_S, weights_S, anew=first == 0):
+        return chunk, None
+    out_SD = group.down.linear(hidden_SF, chunk.counts)
     if module.has_bias:
         out_SD += module.down_proj_bias[ids_S]
-    has_norm = getattr(module, "has_post_expert_norm", False)  # transformers before 5.20 has no such experts
-    return module.post_expert_norm(out_SD) if has_norm else out_SD
+    if has_norm:
+        out_SD = module.post_expert_norm(out_SD)
+    if out_SD.device.type != "cpu":  # a CPU's kernel weights rows as it adds them
+        out_SD = out_SD.float() * weights_S[:, None]
+    return chunk, out_SD
 
 
 def _hidden(
@@ -109,7 +109,8 @@ def _add_rows(out_TD: torch.Tensor, routing: Routing, chunk: _Chunk, answer_SD: 
         weights_S, places_TK = routing.weights_S.numpy(), routing.places_TK.numpy()
         threads = numba_threads()
         answer_SW = with_gaps(answer_SD.float())
-        add_weighted_rows(out_TD.numpy(), places_TK, weights_S, answer_SW.numpy(), chunk.pairs.start, threads)
+        out, features = with_gaps(out_TD).numpy(), out_TD.shape[1]
+        add_weighted_rows(out, features, places_TK, weights_S, answer_SW.numpy(), chunk.pairs.start, threads)
         return
     if chunk.pairs.start == 0:
         out_TD.zero_()
