@@ -195,7 +195,7 @@ def test_siblings_multiply_once(mlp: Mlp, monkeypatch: pytest.MonkeyPatch) -> No
     panel_weights(mlp, torch.float32)
     calls, product = list[torch.Tensor](), PanelMatrix.packed_linears
 
-    def counted(own: PanelMatrix, x_TI: torch.Tensor, features: list[int]) -> list[torch.Tensor]:
+    def counted(own: PanelMatrix, x_TI: torch.Tensor, features: tuple[int, ...]) -> list[torch.Tensor]:
         calls.append(x_TI)
         return product(own, x_TI, features)
 

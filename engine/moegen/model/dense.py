@@ -108,7 +108,7 @@ class JointProduct:
 
     def __init__(self, matrix: PanelMatrix, features: Sequence[int]) -> None:
         """`matrix` is made of theirs, with so many output features each, side by side."""
-        self._matrix, self._features = matrix, features
+        self._matrix, self._features = matrix, tuple(features)
         self._x: torch.Tensor | None = None
         self._answers: dict[int, torch.Tensor] = {}  # that nobody has asked for yet
         self._apart = False

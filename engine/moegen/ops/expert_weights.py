@@ -188,14 +188,14 @@ class PanelMatrix:
             parts.append(part)
         return parts
 
-    def packed_linears(self, x_TI: torch.Tensor, features: Sequence[int]) -> list[torch.Tensor]:
+    def packed_linears(self, x_TI: torch.Tensor, features: tuple[int, ...]) -> list[torch.Tensor]:
         """`packed_linear` of each of the matrices that it is made of, at once."""
         tokens, starts = _in_order(x_TI.shape[0])
         outs = [torch.empty(len(tokens), own) for own in features]
         threads = numba_threads()
         joined_panels(
             self._as_multiplied(x_TI), tokens, self._panels_ENIP, starts, np.array([out.data_ptr() for out in outs]),
-            starts_of(features) // PANEL, threads,
+            _first_panels(features), threads,
         )  # fmt: skip
         return outs
 
@@ -274,6 +274,12 @@ def starts_of(counts: Counts) -> np.ndarray:
 def _in_order(rows: int) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel wants to know of so many rows, each of which meets the only matrix: asked for by every layer."""
     return np.arange(rows), np.array([0, rows])
+
+
+@lru_cache
+def _first_panels(features: tuple[int, ...]) -> np.ndarray:
+    """Where the panels of matrices of whole panels begin that lie side by side, and where the last one's end."""
+    return starts_of(features) // PANEL
 
 
 def with_gaps(x_TI: torch.Tensor) -> torch.Tensor:
