@@ -38,8 +38,12 @@ def _flops_per_s(dtype: torch.dtype, weights: int, out: int, width: int, rows: i
     return 2 * rows * out * width * weights / best
 
 
-def needed_flops(model: Qwen3MoeConfig, rows: Sequence[Row]) -> float:
-    """Of active parameters, the output head only where a token is sampled, and of attention's two products."""
+def needed_flops(model: Qwen3MoeConfig, rows: Sequence[Row], *, narrow_end: bool = False) -> float:
+    """Of active parameters, the output head only where a token is sampled, and of attention's two products.
+
+    `narrow_end`: in the last layer, tokens from which nothing is sampled stop after attention: nobody reads what its
+    experts would make of them. Else every token meets every layer, as is usually counted.
+    """
     head = model.vocab_size * model.hidden_size
     query = model.num_attention_heads * model.head_dim
     flops = 0.0
@@ -47,11 +51,17 @@ def needed_flops(model: Qwen3MoeConfig, rows: Sequence[Row]) -> float:
         computed = row.tokens - 1  # the last generated token is never put through the model
         flops += 2 * model.num_hidden_layers * _layer_weights(model) * computed + 2 * head * row.answer_tokens
         flops += 4 * query * model.num_hidden_layers * computed * (computed + 1) / 2
+        if narrow_end:
+            flops -= 2 * model.hidden_size * _mlp_width(model) * (computed - row.answer_tokens)
     return flops
 
 
 def _layer_weights(model: Qwen3MoeConfig) -> int:
     """Matrix elements of one layer that one token meets."""
     query, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
-    experts = model.num_experts_per_tok * 3 * model.moe_intermediate_size
-    return model.hidden_size * (2 * query + 2 * kv + model.num_experts + experts)
+    return model.hidden_size * (2 * query + 2 * kv + _mlp_width(model))
+
+
+def _mlp_width(model: Qwen3MoeConfig) -> int:
+    """Of the router, and of a token's experts with their three matrices."""
+    return model.num_experts + model.num_experts_per_tok * 3 * model.moe_intermediate_size
