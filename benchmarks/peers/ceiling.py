@@ -41,8 +41,8 @@ def _flops_per_s(dtype: torch.dtype, weights: int, out: int, width: int, rows: i
 def needed_flops(model: Qwen3MoeConfig, rows: Sequence[Row], *, narrow_end: bool = False) -> float:
     """Of active parameters, the output head only where a token is sampled, and of attention's two products.
 
-    `narrow_end`: in the last layer, tokens from which nothing is sampled stop after attention: nobody reads what its
-    experts would make of them. Else every token meets every layer, as is usually counted.
+    `narrow_end`: in the last layer, tokens from which nothing is sampled stop after attention, as in moegen. Else every
+    token meets every layer, as is usually counted.
     """
     head = model.vocab_size * model.hidden_size
     query = model.num_attention_heads * model.head_dim

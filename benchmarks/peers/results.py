@@ -46,7 +46,7 @@ class Results:
 
     @property
     def narrow_ceiling(self) -> float:
-        """The same, of the arithmetic that nobody can leave out: see `needed_flops`."""
+        """The same, of the arithmetic that moegen does: see `needed_flops`."""
         return self._ceiling(narrow_end=True)
 
     def _ceiling(self, *, narrow_end: bool) -> float:

@@ -176,9 +176,11 @@ def test_siblings_answer_as_each_alone(mlp: Mlp, rounded: bool) -> None:
         x = torch.randn(rows, 1, HIGH)
         assert torch.equal(mlp.gate_proj(x), alone[1](x))
         assert torch.equal(mlp.up_proj(x), alone[0](x))
-    x = torch.randn(3, HIGH)  # in the other order, and one of them only
+    x = torch.randn(3, HIGH)  # in the other order
     assert torch.equal(mlp.up_proj(x), alone[0](x))
     assert torch.equal(mlp.gate_proj(x), alone[1](x))
+    assert mlp.up_proj(x[:0]).shape == (0, 2 * LOW)
+    assert mlp.gate_proj(x[:0]).shape == (0, LOW)
     assert torch.equal(mlp.up_proj.weight.unpacked(), alone[0].weight.unpacked())
 
 
@@ -186,9 +188,10 @@ def test_siblings_that_meet_other_rows_go_apart(mlp: Mlp) -> None:
     """Whatever is asked in whatever order, an answer is of the rows that it is asked of."""
     alone = copy.deepcopy(mlp)
     panel_weights(mlp, torch.float32)
-    a, b = torch.randn(2, 5, HIGH)
-    for module, x in [("gate_proj", a), ("up_proj", b), ("gate_proj", b), ("gate_proj", a), ("up_proj", a)]:
+    (joint, _), (a, b) = mlp.gate_proj.joint, torch.randn(2, 5, HIGH)
+    for module, x in [("gate_proj", a), ("up_proj", b), ("gate_proj", b), ("gate_proj", a), ("up_proj", a)] * 3:
         assert torch.allclose(getattr(mlp, module)(x), getattr(alone, module)(x), rtol=1e-4, atol=1e-4)
+    assert joint.answer(0, a) is joint.answer(1, a) is None
 
 
 def test_siblings_multiply_once(mlp: Mlp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,15 +207,22 @@ def test_siblings_multiply_once(mlp: Mlp, monkeypatch: pytest.MonkeyPatch) -> No
         x = torch.randn(4, HIGH)
         mlp.gate_proj(x), mlp.up_proj(x)
     assert len(calls) == 3
+    mlp.up_proj(torch.randn(4, HIGH))  # a pass breaks off
+    mlp.gate_proj(x), mlp.up_proj(x)
+    assert len(calls) == 5
+    joint, _ = mlp.gate_proj.joint
+    assert (joint._x, joint._answers) == (None, {})  # nothing of a pass is kept beyond it
 
 
 def test_what_is_no_sibling_is_multiplied_alone() -> None:
-    """Other inputs, and weights that somebody else has too."""
+    """Other inputs, another dtype, and weights that somebody else has too."""
     shared = Mlp().requires_grad_(False)
     other = nn.ModuleDict({"mlp": shared, "tied": nn.Linear(HIGH, LOW, bias=False)})
     other["tied"].weight = shared.gate_proj.weight
-    for model, mlp in [(other, shared), *[(one := Mlp(up_inputs=HIGH // 2).requires_grad_(False), one)]]:
-        panel_weights(model, torch.float32)
+    narrow, mixed = Mlp(up_inputs=HIGH // 2).requires_grad_(False), Mlp().requires_grad_(False)
+    mixed.up_proj.weight.copy_(mixed.up_proj.weight.to(torch.bfloat16))
+    for model, mlp in [(other, shared), (narrow, narrow), (mixed, mixed)]:
+        panel_weights(model, torch.bfloat16)
         assert (mlp.gate_proj.joint, mlp.up_proj.joint) == (None, None)
         assert isinstance(mlp.gate_proj.weight, PanelWeight)
     assert other["tied"].weight is shared.gate_proj.weight

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moegen.memory.weight_slot import _First
 from moegen.ops import expert_weights
 from moegen.ops.expert_kernel import PANEL, add_weighted_rows, panel_places
 from moegen.ops.expert_weights import (
@@ -322,6 +323,19 @@ def test_answers_added_at_once_are_answers_added_after(
                 some = (x_SI[own], counts, routing.tokens_S[own], routing.weights_S[own])
                 assert matrix.add_to(at_once, *some, anew=first == 0)
             assert torch.equal(at_once, after)
+
+
+def test_a_slot_adds_the_answers_of_the_experts_that_are_in_it() -> None:
+    """Though it has room for more."""
+    matrix, x_SI = PanelMatrix(4, 16 * PANEL, 8, torch.float32), torch.randn(5, 8)
+    for expert in range(4):
+        matrix.place(expert, 0, torch.randn(16 * PANEL, 8))
+    tokens_S, weights_S = torch.tensor([0, 2, 1, 0, 2]), torch.rand(5)
+    wanted, out = (torch.full((3, 16 * PANEL), torch.nan) for _ in range(2))
+    given = (tokens_S, weights_S)
+    assert matrix.add_to(wanted, x_SI, [3, 2, 0, 0], *given, anew=True)
+    assert _First(matrix, 2).add_to(out, x_SI, np.array([3, 2]), *given, anew=True)
+    assert torch.equal(out, wanted)
 
 
 def test_answers_are_added_after_where_threads_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,17 +54,47 @@ def test_the_kernel_computes_what_transformers_does(router: Any, tokens: int) ->
 
 
 def test_what_computes_something_else_is_left_alone() -> None:
-    """A bias, sigmoids and a correction; a rule that shows for some tokens only."""
+    """Biases, sigmoids, factors; a rule that shows for some tokens only; other answers, other shapes."""
 
     class Halved(Qwen3MoeTopKRouter):
         def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logits, weights, ids = super().forward(hidden_states)
             return logits, torch.where(ids[:, :1] % 2 == 0, weights, weights / 2), ids
 
+    class Scaled(Qwen3MoeTopKRouter):
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits, weights, ids = super().forward(hidden_states)
+            return logits, weights * 2.5, ids
+
+    class Sigmoids(Qwen3MoeTopKRouter):
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits, _, ids = super().forward(hidden_states)
+            return logits, logits.gather(1, ids).sigmoid(), ids
+
+    class Limited(Qwen3MoeTopKRouter):
+        """To half of the experts: those of the group with the highest one."""
+
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits, _, _ = super().forward(hidden_states)
+            group_T = logits.argmax(-1) // (self.num_experts // 2)
+            elsewhere = torch.arange(self.num_experts) // (self.num_experts // 2) != group_T[:, None]
+            weights, ids = logits.masked_fill(elsewhere, -torch.inf).softmax(-1).topk(self.top_k)
+            return logits, weights / weights.sum(-1, keepdim=True), ids
+
+    class Turned(Qwen3MoeTopKRouter):
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits, weights, ids = super().forward(hidden_states)
+            return logits, ids, weights
+
+    class Unflattened(Qwen3MoeTopKRouter):
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(x.view(*hidden_states.shape[:-1], -1) for x in super().forward(hidden_states))
+
+    kinds = (Halved, Scaled, Sigmoids, Limited, Turned, Unflattened)
     others = [
+        *(kind(Qwen3MoeConfig(**SIZES, norm_topk_prob=True)) for kind in kinds),
         GptOssTopKRouter(GptOssConfig(**SIZES)),
         DeepseekV3TopkRouter(DeepseekV3Config(**SIZES)),
-        Halved(Qwen3MoeConfig(**SIZES)),
         nn.Linear(HIDDEN, 8, bias=False),
     ]
     model = nn.ModuleList([of_random_weights(router) for router in others])
@@ -105,5 +135,7 @@ def test_what_is_not_a_number_shows_and_harms_nobody_else(place: int, among_all:
     logits_TE[1] = torch.nan
     assert top_experts(logits_TE, 2, among_all)[1][1].tolist() == [0, 1]
     logits_TE[1], logits_TE[1, place] = -torch.inf, 0.5  # what is ruled out
-    weights_TK, ids_TK = top_experts(logits_TE, 1, among_all)
-    assert (weights_TK[1].tolist(), ids_TK[1].tolist()) == ([1.0], [place])
+    weights_TK, ids_TK = top_experts(logits_TE, 3, among_all)
+    assert weights_TK[1].tolist() == [1.0, 0.0, 0.0]
+    assert (ids_TK[1, 0], len(set(ids_TK[1].tolist()))) == (place, 3)
+    assert [part.shape for part in top_experts(logits_TE[:0], 3, among_all)] == [(0, 3)] * 2

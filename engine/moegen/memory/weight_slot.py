@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from moegen.memory.direct_read import DirectFiles, ReadBuffer
@@ -175,8 +176,8 @@ class _First:
     ) -> bool:  # fmt: skip
         return self._matrix.add_to(out_TO, x_SI, self._all(counts), tokens_S, weights_S, anew=anew)
 
-    def _all(self, counts: Counts) -> list[int]:
-        return [*counts, *[0] * (self._matrix.experts - self.experts)]
+    def _all(self, counts: Counts) -> Counts:
+        return np.append(counts, np.zeros(self._matrix.experts - self.experts, np.int64))
 
 
 def first_of(matrix: ExpertMatrix, experts: int) -> ExpertMatrix:

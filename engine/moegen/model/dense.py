@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -102,8 +102,8 @@ class PanelLinear(nn.Linear):
 class JointProduct:
     """Linear modules that meet the same rows, one after another: whichever is asked first multiplies for all.
 
-    Modules that are once seen to meet other rows than their siblings are multiplied alone from then on. Rows must not
-    be written to between the first's answer and the last's.
+    Modules that are seen to meet other rows than their siblings, and not just because a pass broke off between them,
+    are multiplied alone from then on. Rows must not be written to between the first's answer and the last's.
     """
 
     def __init__(self, matrix: PanelMatrix, features: Sequence[int]) -> None:
@@ -111,13 +111,14 @@ class JointProduct:
         self._matrix, self._features = matrix, tuple(features)
         self._x: torch.Tensor | None = None
         self._answers: dict[int, torch.Tensor] = {}  # that nobody has asked for yet
-        self._apart = False
+        self._missed = 0  # times that other rows came before all answers were asked for
 
     def answer(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Module `index`'s product with `x`, `[..., O]`; None: it is to be multiplied alone."""
-        self._apart |= bool(self._answers) and self._x is not x
-        if self._apart:
+        if self._answers and self._x is not x:
+            self._missed += 1
             self._x, self._answers = None, {}
+        if self._missed > _MISSES:
             return None
         if index not in self._answers:
             x_TI = x.reshape(-1, self._matrix.in_features)
@@ -128,6 +129,7 @@ class JointProduct:
         return out_TO.view(*x.shape[:-1], self._features[index])
 
 
+_MISSES = 2  # that are forgiven
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by the names that families have for them
 
 
@@ -138,21 +140,29 @@ def exact_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def panel_weights(model: nn.Module, dtype: torch.dtype, rounded: bool = False) -> None:
     """Puts a `PanelWeight` in the place of every matrix that modules have as their `weight` and multiply with."""
-    owners: dict[torch.Tensor, list[nn.Module]] = defaultdict(list)
+    owners = _owners(model)
+    for siblings in _siblings(model, owners, dtype):
+        for one in siblings:
+            del owners[one.weight]
+        _join(siblings, exact_dtype(siblings[0].weight, dtype), rounded)
+    while owners:  # one after the other is given up: two copies of all would be beyond what is planned for
+        weight, modules = owners.popitem()
+        if not all(isinstance(module, nn.Embedding) for module in modules):
+            panels = PanelWeight(weight, dtype, rounded)
+            for module in modules:
+                _give(module, panels)
+
+
+_Owners = dict[torch.Tensor, list[nn.Module]]  # the modules that have a matrix
+
+
+def _owners(model: nn.Module) -> _Owners:
+    owners: _Owners = defaultdict(list)
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() == 2 and weight.dtype == torch.float32:
             owners[weight].append(module)
-    for siblings in _siblings(model, owners):
-        for module in siblings:
-            del owners[module.weight]
-        _join(siblings, dtype, rounded)
-    while owners:  # one after the other is given up: two copies of all would be beyond what is planned for
-        matrix_OI, modules = owners.popitem()
-        if not all(isinstance(module, nn.Embedding) for module in modules):
-            panels = PanelWeight(matrix_OI, dtype, rounded)
-            for module in modules:
-                _give(module, panels)
+    return owners
 
 
 def _give(module: nn.Module, panels: PanelWeight) -> None:
@@ -162,24 +172,21 @@ def _give(module: nn.Module, panels: PanelWeight) -> None:
         module.__class__ = PanelLinear
 
 
-def _siblings(model: nn.Module, owners: Mapping[torch.Tensor, Sequence[nn.Module]]) -> Iterator[list[nn.Linear]]:
-    """Modules whose weights can lie side by side: nobody else's, and whole panels."""
+def _siblings(model: nn.Module, owners: _Owners, dtype: torch.dtype) -> Iterator[list[nn.Linear]]:
+    """Modules whose weights can lie side by side: nobody else's, whole panels, of one dtype, `dtype` if possible."""
     for parent in list(model.modules()):
         for names in _SIBLINGS:
             found = [child for name in names if type(child := getattr(parent, name, None)) is nn.Linear]
             if len(found) == len(names) and all(owners.get(child.weight) == [child] for child in found):
-                inputs, whole = {child.in_features for child in found}, all(c.out_features % PANEL == 0 for c in found)
-                if len(inputs) == 1 and whole:
+                kinds = {(child.in_features, exact_dtype(child.weight, dtype)) for child in found}
+                if len(kinds) == 1 and not any(child.out_features % PANEL for child in found):
                     yield found
 
 
 def _join(siblings: Sequence[nn.Linear], dtype: torch.dtype, rounded: bool) -> None:
-    """Gives each its `PanelWeight`, and all their `JointProduct`. In `dtype` if that loses nothing of any weight."""
-    dtypes = {exact_dtype(module.weight, dtype) for module in siblings}
+    """Gives each its `PanelWeight`, of that dtype, and all their `JointProduct`."""
     features = [module.out_features for module in siblings]
-    whole = PanelMatrix(
-        1, sum(features), siblings[0].in_features, dtypes.pop() if len(dtypes) == 1 else torch.float32, rounded
-    )  # fmt: skip
+    whole = PanelMatrix(1, sum(features), siblings[0].in_features, dtype, rounded)
     joint = JointProduct(whole, features)
     for index, (module, own) in enumerate(zip(siblings, whole.beside(features), strict=True)):
         _give(module, PanelWeight(module.weight, own.dtype, rounded, own))

@@ -36,8 +36,8 @@ def row_routers(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             for among_all in (False, True):
-                if _looks(child) and _does(child, RowRouter(child, among_all)):
-                    setattr(parent, name, RowRouter(child, among_all))
+                if _looks(child) and _does(child, own := RowRouter(child, among_all)):
+                    setattr(parent, name, own)
                     break
 
 
@@ -58,12 +58,15 @@ def _does(theirs: Any, ours: RowRouter) -> bool:
     sizes_T = torch.tensor(_SIZES * 8)  # several tokens: what is done may depend on which experts are chosen
     tokens_TD = torch.randn(len(sizes_T), ours.weight.shape[1], generator=generator)
     tokens_TD *= sizes_T[:, None] / ours.weight.times(tokens_TD).std().clamp(min=1e-6)
-    try:
-        answers = theirs(tokens_TD.clone())
-    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes something else
-        return False
     own = ours(tokens_TD)
-    return isinstance(answers, tuple) and len(answers) == len(own) and all(map(_equal, answers, own))
+    for same_tokens in (tokens_TD, tokens_TD[None]):  # as blocks hand them over
+        try:
+            answers = theirs(same_tokens.clone())
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError):  # it takes others
+            return False
+        if not isinstance(answers, tuple) or len(answers) != len(own) or not all(map(_equal, answers, own)):
+            return False
+    return True
 
 
 def _equal(answer: Any, own: torch.Tensor) -> bool:

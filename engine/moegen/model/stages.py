@@ -7,7 +7,7 @@ After the model's last attention nothing looks at a token any more but the head:
 that the head is asked about. Of a prompt that is the last one.
 
 `StagedLayer` takes a layer's place in the model. Whether a family's layers are of this shape is not guessed from their
-attributes: `moegen.model.certify` compares the staged model with transformers' own forward.
+attributes: `moegen.run.certify` compares the staged model with transformers' own forward.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def plain_parts(layer: nn.Module) -> list[Any] | None:
 class StagedLayer(nn.Module):
     """Runs `layer` stage by stage; the keyword argument `moegen` is the pass.
 
-    Of the `last` layer of a model, only the rows that the pass keeps are those that the plain layer would answer.
+    The `last` layer of a model answers only for the tokens that the pass keeps; of others it gives what came out of
+    attention. What a model asks its layers for is read from `layer`; the parts are those that it had at first.
     """
 
     def __init__(self, layer: nn.Module, *, last: bool) -> None:
@@ -51,7 +52,7 @@ class StagedLayer(nn.Module):
         self._parts = tuple(parts)  # found once: they are asked for in every pass, and modules are slow to look up
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks of its layers (`attention_type`, `layer_type`, ...) is the layer's to answer."""
+        """What a model asks of its layers: `attention_type`, `layer_type`, ..."""
         layer = self.__dict__["_modules"]["layer"]
         return layer if name == "layer" else getattr(layer, name)
 
@@ -61,7 +62,8 @@ class StagedLayer(nn.Module):
         kept_S = moegen.kept if self._last else None
         if kept_S is None:
             return after_1TD.add_(_first(mlp(normed_1TD)))
-        return after_1TD.index_add_(1, kept_S, _first(mlp(normed_1TD[:, kept_S])))
+        more_1SD = _first(mlp(normed_1TD[:, kept_S]))
+        return after_1TD.index_add_(1, kept_S, more_1SD.to(after_1TD.dtype))
 
     def _attend(
         self, hidden_1TD: torch.Tensor, batches: Sequence[AttentionBatch], moegen: PassContext, kwargs: dict[str, Any]

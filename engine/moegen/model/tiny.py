@@ -16,12 +16,12 @@ from transformers import PreTrainedConfig
 
 _HEADS, _VOCABULARY, _EXPERTS, _LEAST_LAYERS = 4, 97, 8, 2
 _SMALL = {  # name: largest value kept
-    "intermediate_size": 48,
+    "intermediate_size": 64,  # whole panels of any processor, so that gates and ups are one product
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32,
     "moe_shared_expert_intermediate_size": 32,
-    "dense_intermediate_size": 48,
+    "dense_intermediate_size": 64,
     "n_group": 2,
     "topk_group": 1,
     "num_experts_per_tok": 3,

@@ -119,7 +119,7 @@ class CodedMatrix:
         x_SI = x_TI if tokens_S is None else x_TI[tokens_S]
         answers = [
             x @ self.expanded(expert).to(x.dtype).T
-            for expert, x in enumerate(x_SI.split(np.diff(starts_of(counts)).tolist()))
+            for expert, x in enumerate(x_SI.split(np.asarray(counts).tolist()))
             if len(x)
         ]
         return torch.cat(answers) if answers else x_SI.new_empty(0, self.out_features)

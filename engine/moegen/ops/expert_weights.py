@@ -33,8 +33,6 @@ from moegen.ops.vector_ir import DOTS
 
 UP = {True: "gate_up_proj", False: "up_proj"}  # the first projection of experts with and without a gate
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernel knows them
-
-
 _PANELS_TO_SHARE = 8  # per thread, at least, if threads are to have panels of all experts: they are done together then
 
 Counts = Sequence[int] | npt.NDArray[np.int64]  # [E] rows, or tokens, of each expert
@@ -245,9 +243,7 @@ class PlainMatrix:
         x_SI = x_TI if tokens_S is None else x_TI[tokens_S]
         weight_EIO = self.weight_EOI.transpose(1, 2)
         if x_SI.dtype not in (torch.float32, torch.bfloat16):
-            return torch.cat(
-                [x @ w for x, w in zip(x_SI.split(np.diff(starts_of(counts)).tolist()), weight_EIO, strict=True)]
-            )
+            return torch.cat([x @ w for x, w in zip(x_SI.split(np.asarray(counts).tolist()), weight_EIO, strict=True)])
         offsets_E = torch.from_numpy(starts_of(counts)[1:]).to(x_SI.device, torch.int32)
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets_E)
 

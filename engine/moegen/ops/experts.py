@@ -65,8 +65,10 @@ def _answer(
     module: Any, group: ExpertGroup, hidden_TD: torch.Tensor, routing: Routing, starts_E1: Ints, first: int,
     out_TD: torch.Tensor, most: int,
 ) -> tuple[_Chunk, torch.Tensor | None]:  # fmt: skip
-    """The next `most` pairs from `first` on, and what the group's experts answer to them; None: it is in `out`, where
-    nothing is added but at the very end."""
+    """The next `most` pairs from `first` on, and what the group's experts answer to them; None: it is in `out`.
+
+    Nothing is added there but at the very end, since what a device has no room for begins anew (`MicroBatch.run`).
+    """
     end = min(first + most, int(starts_E1[-1]))
     chunk = _Chunk(np.diff(starts_E1.clip(first, end)), slice(first, end))
     tokens_S, ids_S, weights_S = (own[chunk.pairs] for own in (routing.tokens_S, routing.ids_S, routing.weights_S))

@@ -38,11 +38,9 @@ def _top_experts(logits_TE, among_all, weights_TK, ids_TK, threads):  # type: ig
     for thread in numba.prange(threads):
         for token in range(tokens * thread // threads, tokens * (thread + 1) // threads):
             logits_E, weights_K, ids_K = logits_TE[token], weights_TK[token], ids_TK[token]
-            for k in range(top_k):
-                weights_K[k], ids_K[k] = -np.inf, k
             for e in range(len(logits_E)):
-                logit, k = logits_E[e], top_k - 1
-                if logit > weights_K[k]:
+                logit, k = logits_E[e], min(e, top_k - 1)
+                if e < top_k or logit > weights_K[k]:
                     while k > 0 and logit > weights_K[k - 1]:
                         weights_K[k], ids_K[k] = weights_K[k - 1], ids_K[k - 1]
                         k -= 1

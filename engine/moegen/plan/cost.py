@@ -32,7 +32,7 @@ class Load:
     prefill_chunks: Floats
     prefill_tokens: Floats
     prefill_pairs: Floats  # (query, key) pairs of the prefill tokens
-    kept: Floats  # tokens that go through the last layer's experts: those that the head is asked about
+    kept: Floats  # tokens that go through the last layer's experts: as many as are sampled, or all, as in MoE-Gen
 
     def scaled(self, factor: float | Floats) -> Load:
         return Load(*(getattr(self, item.name) * factor for item in fields(self)))
@@ -126,6 +126,7 @@ class CostModel:
             pairs = tokens * shape.experts_per_token
             return 2 * pairs * self.footprint.expert_elements / at(self._expert_curve, pairs / shape.experts)
 
+        # As of a model in stages that ends with experts; of others the last layer's share of prompts comes too cheap.
         return (shape.moe_layers - 1) * layer(load.tokens) + layer(np.maximum(load.kept, 1))
 
     def _host_decode_seconds(self, load: Load) -> Floats:

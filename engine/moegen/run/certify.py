@@ -233,13 +233,14 @@ def logit_difference(
     states = StatePool(host.state_shapes, _SLOTS, home)
     prefix, slots = (tuple(sequences[-1][:_PAGE_TOKENS]), None) if not host.state_shapes else ((), _SLOTS)
     scheduler = Scheduler(requests, ledger, _PASS_TOKENS, prefix=prefix, slots=slots)
-    strides = itertools.cycle((1, 2))  # all tokens of a pass, and some: of others the last layer answers nothing
+    kept = itertools.cycle([(0, 1), (0, 2), (1, 2)])  # from which token on, every how many of them
     worst, scale = 0.0, max(float(logits.abs().max()) for logits in expected)
     while (step := scheduler.next_step()) is not None:
         every = torch.cat(
             [expected[c.sequence.request.row_index][c.start : c.start + c.length] for c in step.chunks]
         )  # fmt: skip
-        keep = torch.arange(step.tokens)[:: next(strides)]
+        first, stride = next(kept)  # the last layer answers for no others
+        keep = torch.arange(min(first, step.tokens - 1), step.tokens, stride)
         pieces = forward(
             host, pool, step, _ATTENTION_TOKENS, states=states, logit_tokens=_LOGIT_TOKENS, keep=keep
         )  # fmt: skip

@@ -134,12 +134,12 @@ def forward(
     """
     keep = torch.from_numpy(step.last_tokens) if keep is None else keep
     at_once = MicroBatch.of(attention_tokens, "attention")
-    this = Pass(step, at_once, pool, states, host.observer, host.rounded, _some(keep, step.tokens, host.device))
+    this = Pass(step, at_once, pool, states, host.observer, host.rounded, _kept(keep, step.tokens, host.device))
     token_ids, positions = torch.from_numpy(step.token_ids), torch.from_numpy(step.positions)
     yield from host.logits(token_ids, positions, keep, this, logit_tokens)
 
 
-def _some(keep: torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor | None:
+def _kept(keep: torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor | None:
     """As `PassContext.kept`: no module of a family is asked to make nothing of no tokens."""
     if len(keep) == tokens:
         return None
