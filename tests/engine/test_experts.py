@@ -403,6 +403,37 @@ def test_machines_with_narrower_registers(lanes: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+_TOGETHER = """
+import torch
+from pytest import MonkeyPatch
+from moegen.ops.threads import numba_threads
+torch.set_num_threads(2)
+assert numba_threads() == 2
+from tests.engine import test_experts, test_routers
+from tests.engine.test_dense import Mlp, test_siblings_answer_as_each_alone
+test_siblings_answer_as_each_alone(Mlp().requires_grad_(False), False)
+test_routers.test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_how_they_lie(True)
+test_experts.test_experts_whose_answers_are_added_at_once(3, 1 << 20)
+for _ in range(20):
+    with MonkeyPatch.context() as patch:
+        test_experts.test_gates_at_once_are_gates_after(torch.bfloat16, True, patch)
+        test_experts.test_answers_added_at_once_are_answers_added_after(512, torch.bfloat16, True, patch)
+"""
+
+
+def test_threads_that_work_together_change_no_bit() -> None:
+    """The other tests have one, which walks all shares."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "2",
+        "NUMBA_NUM_THREADS": "2",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-c", _TOGETHER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("bits", [np.uint16, np.int16, np.float32], ids=["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("features", "inputs"), [(3 * PANEL, 48), (2 * PANEL + 5, 37), (PANEL - 1, 16)])
 def test_rows_are_packed_into_panels_feature_by_feature(bits, features, inputs):
