@@ -131,8 +131,13 @@ class _Search:
         """Of those that come first by worth, the one that is fastest in a simulation; of a short job, with its passes
         levelled as its own simulation says."""
         fixed = self.engine.plan.level_tokens
+
+        def level_tokens(plan: Plan) -> int:
+            """Of a short job as low as may be: else what pass sizes make of its end would not show."""
+            return fixed or (min(_SHORT_LEVEL_TOKENS) if self._is_short else self.level_tokens(plan))
+
         levelled = [
-            replace(plan, level_tokens=fixed or self.level_tokens(plan), ready_pages=self.workload.steady_pages(plan))
+            replace(plan, level_tokens=level_tokens(plan), ready_pages=self.workload.steady_pages(plan))
             for plan in self._first(plans)
         ]
         fastest = min(levelled, key=self._simulated_seconds) if len(levelled) > 1 else levelled[0]
