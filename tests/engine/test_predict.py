@@ -223,6 +223,10 @@ def test_a_short_job_is_levelled_at_the_smallest_size_that_costs_hardly_anything
     fastest = min(seconds(size) for size in sizes)
     assert seconds(plan.level_tokens) <= 1.02 * fastest
     assert all(seconds(size) > 1.02 * fastest for size in sizes if size < plan.level_tokens)
+    for pass_tokens in (256, 512, 1024, 2048, 4096):  # compared as they would run: levelled
+        fixed = Engine(host_memory="6GiB", plan=PlanOverrides(pass_tokens=pass_tokens))
+        other = choose_plan(SHAPE, replace(MACHINE, rates=rates), fixed, workload=workload)
+        assert seconds(plan.level_tokens) <= 1.001 * predict(footprint(other), other, rates, workload).seconds
     if busy_rate == 600e9:
         last = len(passes[32]) // 20
         assert passes[plan.level_tokens][-last:].mean() > 3 * passes[plan.pass_tokens][-last:].mean()
