@@ -141,10 +141,10 @@ def exact_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 def panel_weights(model: nn.Module, dtype: torch.dtype, rounded: bool = False) -> None:
     """Puts a `PanelWeight` in the place of every matrix that modules have as their `weight` and multiply with."""
     owners = _owners(model)
-    for siblings in _siblings(model, owners, dtype):
+    for siblings, own_dtype in _siblings(model, owners, dtype):
         for one in siblings:
             del owners[one.weight]
-        _join(siblings, exact_dtype(siblings[0].weight, dtype), rounded)
+        _join(siblings, own_dtype, rounded)
     while owners:  # one after the other is given up: two copies of all would be beyond what is planned for
         weight, modules = owners.popitem()
         if not all(isinstance(module, nn.Embedding) for module in modules):
@@ -172,15 +172,16 @@ def _give(module: nn.Module, panels: PanelWeight) -> None:
         module.__class__ = PanelLinear
 
 
-def _siblings(model: nn.Module, owners: _Owners, dtype: torch.dtype) -> Iterator[list[nn.Linear]]:
-    """Modules whose weights can lie side by side: nobody else's, whole panels, of one dtype, `dtype` if possible."""
+def _siblings(model: nn.Module, owners: _Owners, dtype: torch.dtype) -> Iterator[tuple[list[nn.Linear], torch.dtype]]:
+    """Modules whose weights can lie side by side: nobody else's, whole panels, of one `exact_dtype`, which is told."""
     for parent in list(model.modules()):
         for names in _SIBLINGS:
             found = [child for name in names if type(child := getattr(parent, name, None)) is nn.Linear]
             if len(found) == len(names) and all(owners.get(child.weight) == [child] for child in found):
                 kinds = {(child.in_features, exact_dtype(child.weight, dtype)) for child in found}
                 if len(kinds) == 1 and not any(child.out_features % PANEL for child in found):
-                    yield found
+                    ((_, own_dtype),) = kinds
+                    yield found, own_dtype
 
 
 def _join(siblings: Sequence[nn.Linear], dtype: torch.dtype, rounded: bool) -> None:

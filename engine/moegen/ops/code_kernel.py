@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from moegen.coding import GROUP_MULTIPLE
-from moegen.ops.expert_kernel import PANEL, TILE_ROWS, add_tile, claimed
+from moegen.ops.expert_kernel import PANEL, TILE_ROWS, add_tile, claimed, tile_rows, tiles_of
 from moegen.ops.kernel_cache import lock_kernel_cache
 from moegen.ops.vector_ir import (
     I32,
@@ -262,15 +262,14 @@ def grouped_codes(  # type: ignore[no-untyped-def]
         for expert, first, end, panel_from, panel_to in claimed(next_share, threads, starts_E1, panels):
             for block in range(first, end, row_block):
                 block_rows = min(end - block, row_block)
-                tiles = (block_rows + TILE_ROWS - 1) // TILE_ROWS
+                tiles = tiles_of(block_rows)
                 for panel in range(panel_from, panel_to):
                     for i in range(0, inputs, at_once):
                         count = min(inputs - i, at_once)
                         expand_inputs(order, kind, bits, codes_EXB, group, scales_EGO, zeros_EGO, expert, panel,
                                       i, count, weights_IP)  # fmt: skip
                         for tile in range(tiles):
-                            top = block_rows * tile // tiles
-                            height = block_rows * (tile + 1) // tiles - top
+                            top, height = tile_rows(block_rows, tile, tiles)
                             add_tile(height, x_TI, tokens_S[block:], top, i, count, weights_IP, sums_SP)
                     for row in range(block_rows):
                         for place in range(PANEL):

@@ -391,15 +391,27 @@ def claimed(next_share, threads, starts_E1, panels):  # type: ignore[no-untyped-
 
 
 @register_jitable
+def tiles_of(rows):  # type: ignore[no-untyped-def]
+    """How many tiles so many rows are cut into."""
+    return (rows + TILE_ROWS - 1) // TILE_ROWS
+
+
+@register_jitable
+def tile_rows(rows, tile, tiles):  # type: ignore[no-untyped-def]
+    """A tile's first row and its height. They are nearly equal: a short last one would waste the machine."""
+    top = rows * tile // tiles
+    return top, rows * (tile + 1) // tiles - top
+
+
+@register_jitable
 def _panel(  # type: ignore[no-untyped-def]
     x_TI, tokens_S, row, rows, panels_ENIP, expert, panel, following, out, out_width
 ):  # fmt: skip
     """One panel with some rows of its expert; `following` is another of its panels. For the rest see `_tile`."""
     following += expert * panels_ENIP.shape[1]
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    for tile in range(tiles):  # of nearly equal height: a short last one would waste the machine
-        top = rows * tile // tiles
-        height = rows * (tile + 1) // tiles - top
+    tiles = tiles_of(rows)
+    for tile in range(tiles):
+        top, height = tile_rows(rows, tile, tiles)
         to = out + top * out_width * 4
         _tile(
             height, x_TI, tokens_S, row + top, panels_ENIP, expert, panel, following, to, out_width, tile, tiles
@@ -433,8 +445,7 @@ def added_panels(x_SI, tokens_S, weights_S, panels_ENIP, starts_E1, anew, out_TO
     some panels of all experts, so nobody else adds to these outputs. Rows are read anew for every share of panels; so
     shares are few, and while one block of rows is multiplied, the next is fetched.
     """
-    experts, panels, inputs, _ = panels_ENIP.shape
-    all_rows, row_bytes, next_share = starts_E1[experts], x_SI.shape[1] * x_SI.itemsize, np.zeros(1, np.int64)
+    experts, panels, next_share = panels_ENIP.shape[0], panels_ENIP.shape[1], np.zeros(1, np.int64)
     for _ in numba.prange(threads):
         for panel_from, panel_to in _shares(next_share, threads, _CLAIMS_OF_PANELS, panels):
             if anew:
@@ -444,24 +455,34 @@ def added_panels(x_SI, tokens_S, weights_S, panels_ENIP, starts_E1, anew, out_TO
                 expert_after = _with_rows(starts_E1, expert + 1)
                 for row in range(starts_E1[expert], starts_E1[expert + 1], _ROW_BLOCK):
                     rows = min(starts_E1[expert + 1] - row, _ROW_BLOCK)
-                    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-                    parts, part = tiles * (panel_to - panel_from), 0
-                    next_row = row + rows if row + rows < all_rows else 0
-                    next_x = x_SI.ctypes.data + next_row * row_bytes
-                    next_bytes = min(rows, all_rows - next_row) * row_bytes
-                    for panel in range(panel_from, panel_to):
-                        following = expert * panels + panel + 1
-                        if panel + 1 == panel_to:
-                            following = expert_after * panels + panel_from
-                        for tile in range(tiles):  # as in `_panel`
-                            top = rows * tile // tiles
-                            _added_tile(
-                                rows * (tile + 1) // tiles - top, x_SI, tokens_S, weights_S, row + top, panels_ENIP,
-                                expert, panel, following, out_TO, tile, tiles, next_x + next_bytes * part // parts,
-                                next_bytes // (parts * inputs),
-                            )  # fmt: skip
-                            part += 1
+                    next_row = row + rows if row + rows < starts_E1[experts] else 0
+                    next_rows = min(rows, starts_E1[experts] - next_row)
+                    _added_block(
+                        x_SI, tokens_S, weights_S, row, rows, next_row, next_rows, panels_ENIP, expert, panel_from,
+                        panel_to, expert_after * panels + panel_from, out_TO,
+                    )  # fmt: skip
                 expert = expert_after
+
+
+@register_jitable
+def _added_block(  # type: ignore[no-untyped-def]
+    x_SI, tokens_S, weights_S, row, rows, next_row, next_rows, panels_ENIP, expert, panel_from, panel_to, next_panel,
+    out_TO,
+):  # fmt: skip
+    """Some panels with some rows of their expert; the rows that come next, and the panel, are fetched."""
+    panels, inputs = panels_ENIP.shape[1], panels_ENIP.shape[2]
+    row_bytes, tiles = x_SI.shape[1] * x_SI.itemsize, tiles_of(rows)
+    next_x, next_bytes = x_SI.ctypes.data + next_row * row_bytes, next_rows * row_bytes
+    parts, part = tiles * (panel_to - panel_from), 0
+    for panel in range(panel_from, panel_to):
+        following = next_panel if panel + 1 == panel_to else expert * panels + panel + 1
+        for tile in range(tiles):
+            top, height = tile_rows(rows, tile, tiles)
+            _added_tile(
+                height, x_SI, tokens_S, weights_S, row + top, panels_ENIP, expert, panel, following, out_TO, tile,
+                tiles, next_x + next_bytes * part // parts, next_bytes // (parts * inputs),
+            )  # fmt: skip
+            part += 1
 
 
 @register_jitable
